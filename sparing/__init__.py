@@ -1,3 +1,50 @@
-"""sparing: efficient twins of dense models."""
+"""sparing: efficient twins of dense vision, diffusion, video-language and audio models.
+
+This is the face of the package. Its names resolve on first use (PEP 562), so that ``import sparing`` loads neither
+torch nor any other dependency, and ``sparing models`` answers at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparing.zoo.cards import ModelCard, model_card
+    from sparing.zoo.registry import create_model, list_models, register_model
+    from sparing.zoo.twins import load, methods, twin
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "ModelCard",
+    "__version__",
+    "create_model",
+    "list_models",
+    "load",
+    "methods",
+    "model_card",
+    "register_model",
+    "twin",
+]
+
+_ROOMS = {
+    "ModelCard": "sparing.zoo.cards",
+    "create_model": "sparing.zoo.registry",
+    "list_models": "sparing.zoo.registry",
+    "load": "sparing.zoo.twins",
+    "methods": "sparing.zoo.twins",
+    "model_card": "sparing.zoo.cards",
+    "register_model": "sparing.zoo.registry",
+    "twin": "sparing.zoo.twins",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'sparing' has no attribute {name!r}; it offers {', '.join(sorted(_ROOMS))}")
+    value = getattr(import_module(_ROOMS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

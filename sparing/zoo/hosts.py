@@ -1,0 +1,112 @@
+"""Hosts by prefix: ``timm/NAME``, ``torchvision/NAME``, ``open_clip/NAME``, a saved folder, or a hub id
+``OWNER/REPO``.
+"""
+
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from sparing.zoo import twins, weights
+from sparing.zoo.table import closest
+
+PREFIXES = ("timm", "torchvision", "open_clip")
+
+
+def is_host_name(name: str) -> bool:
+    """Whether ``name`` means a host or a saved folder rather than a name of the zoo."""
+    return "/" in name or name in (".", "..") or Path(name).is_dir()
+
+
+def create_host(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Creates a host.
+
+    Args:
+        name: ``timm/NAME``, ``torchvision/NAME``, ``open_clip/NAME`` (or ``open_clip/NAME:TAG`` for published
+            weights); a folder with model_index.json (its transformer is meant) or config.json; or a hub id of such a
+            folder.
+        pretrained: load the host's published weights. A folder or hub id always brings its own.
+        kwargs: passed to the library that knows the name.
+
+    Raises:
+        ValueError: the library has no such model (the closest names are given), or none of its weights.
+        FileNotFoundError: no such folder.
+        ConnectionError: the hub is needed and cannot be reached.
+    """
+    prefix, _, rest = name.partition("/")
+    if prefix in PREFIXES and not Path(name).is_dir():
+        return {"timm": _timm, "torchvision": _torchvision, "open_clip": _open_clip}[prefix](rest, pretrained, kwargs)
+    if kwargs:
+        raise ValueError(f"{name!r} is a saved model and takes no further arguments, got {', '.join(sorted(kwargs))}")
+    folder = Path(name)
+    if not folder.is_dir():
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise FileNotFoundError(
+                f"no such folder: {name!r}, nor is it a hub id OWNER/REPO; hosts are named timm/NAME, ..."
+            )
+        folder = weights.download_folder(name, allow_patterns=["*.json", "*.safetensors"])
+    if (folder / "model_index.json").is_file():
+        folder = folder / "transformer"
+        if not folder.is_dir():
+            raise ValueError(
+                f"the pipeline in {name!r} has no transformer: sparing makes twins of diffusion transformers only"
+            )
+    return twins.load(folder)
+
+
+def _unknown(name: str, library: str, known: list[str]) -> ValueError:
+    near = closest(name, known)
+    return ValueError(f"{library} has no model {name!r}" + (f"; {near}" if near else ""))
+
+
+def _timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    import timm
+
+    base = name.partition(".")[0]
+    if not timm.is_model(base):
+        raise _unknown(base, "timm", timm.list_models())
+    if pretrained and not timm.models.is_model_pretrained(name):
+        with_weights = ", ".join(timm.list_models(base, pretrained=True)) or "none"
+        raise ValueError(f"timm has no weights of {name!r}; with weights: {with_weights}")
+    try:
+        return cast(nn.Module, timm.create_model(name, pretrained=pretrained, **kwargs))
+    except RuntimeError as error:
+        if "Invalid pretrained tag" not in str(error):
+            raise
+        raise ValueError(f"timm's {base!r} has no weights tagged {name.partition('.')[2]!r}") from error
+    except OSError as error:
+        raise _needs_hub("timm", name) from error
+
+
+def _torchvision(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    from torchvision import models
+
+    if name not in models.list_models():
+        raise _unknown(name, "torchvision", models.list_models())
+    try:
+        return cast(nn.Module, models.get_model(name, weights="DEFAULT" if pretrained else None, **kwargs))
+    except OSError as error:
+        raise _needs_hub("torchvision", name) from error
+
+
+def _open_clip(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    import open_clip
+
+    name, _, tag = name.partition(":")
+    if name not in open_clip.list_models():
+        raise _unknown(name, "open_clip", open_clip.list_models())
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if (tag and tag not in tags) or (pretrained and not tags):
+        raise ValueError(f"open_clip has no weights {tag or ''!r} of {name!r}; there are {', '.join(tags) or 'none'}")
+    try:
+        return cast(
+            nn.Module, open_clip.create_model(name, pretrained=tag or (tags[0] if pretrained else None), **kwargs)
+        )
+    except OSError as error:
+        raise _needs_hub("open_clip", name) from error
+
+
+def _needs_hub(library: str, name: str) -> ConnectionError:
+    return ConnectionError(
+        f"the weights of {library}/{name} are not in the local cache and cannot be downloaded (offline?)"
+    )
