@@ -1,1 +1,39 @@
+"""Kernels: the attention, fusion, search and compaction ops that every family calls.
 
+Each op is a function ``op(..., backend='auto')``: correct on any device through its ``reference``, served by the best
+usable library or Triton kernel, and able to say which and why (:func:`explain`, :func:`report`). Importing this
+package loads no op and no torch; a name is loaded when it is first used.
+"""
+
+import importlib
+from typing import Any
+
+# public name -> module (below sparing.kernels) that defines it
+_HOMES = {
+    "BackendUnsupported": "dispatch",
+    "explain": "dispatch",
+    "report": "dispatch",
+    "use_backend": "dispatch",
+    "attention": "ops.attention",
+    "attention_weights": "ops.attention",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
+
+
+def load_all() -> None:
+    """Import every op, so that the registry is complete (needed by name lookups and reports only)."""
+    for home in sorted(set(_HOMES.values())):
+        importlib.import_module(f"{__name__}.{home}")

@@ -1,0 +1,76 @@
+"""xformers as a backend, behind one adapter: imported on first use only (its import takes seconds and logs warnings).
+
+On torch 2.11 + CUDA 13 its own compiled part does not load, and it reaches the same kernels as SDPA; what it adds is
+the normaliser of the memory-efficient kernel and float32 packed attention.
+"""
+
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparing.kernels.dispatch import INSTALLED, cuda_here, needs_grad
+
+
+def here(device: torch.device) -> list[str]:
+    """Why xformers cannot run on ``device``."""
+    return ["xformers is not installed"] if not INSTALLED["xformers"] else cuda_here(device)
+
+
+@cache
+def _fmha() -> Any:
+    logging.getLogger("xformers").setLevel(logging.ERROR)
+    from xformers.ops import fmha
+
+    return fmha
+
+
+def attention_reasons(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    **kwargs: Any,
+) -> list[str]:
+    """Why xformers cannot serve a dense attention call."""
+    reasons = []
+    if torch.compiler.is_compiling():
+        reasons.append("cannot be traced by torch.compile")
+    if q.dtype == torch.float64:
+        reasons.append("dtype float64 is not served; float32, bfloat16 and float16 are")
+    if dropout_p > 0.0:
+        reasons.append(f"dropout_p {dropout_p} is served by sdpa and reference only")
+    if key_padding_mask is not None or kv_len is not None or causal:
+        reasons.append("masks that can empty a row are not served: its kernels are not tested on such rows")
+    if bias is not None and bias.shape[:3] != q.shape[:3] and needs_grad(bias):
+        reasons.append(f"no gradient for a bias of shape {tuple(bias.shape)} broadcast over {tuple(q.shape[:3])}")
+    if bias is not None and bias.shape[3] % 8:
+        reasons.append(
+            f"bias has {bias.shape[3]} keys, not a multiple of 8; pad the last dim to {-(-bias.shape[3] // 8) * 8}"
+        )
+    if return_lse and needs_grad(q, k, v, bias=bias):
+        reasons.append("its lse comes without a backward")
+    if 0 in (*q.shape, *k.shape, *v.shape):
+        reasons.append("an input has size 0")
+    return reasons
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, scale: float, return_lse: bool, **kwargs: Any
+) -> Any:
+    """Dense attention by ``memory_efficient_attention`` (layout (B, M, H, D))."""
+    fmha = _fmha()
+    q_, k_, v_ = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    full = None if bias is None else bias.to(q.dtype).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    if return_lse:
+        out, lse = fmha.memory_efficient_attention_forward_requires_grad(q_, k_, v_, attn_bias=full, scale=scale)
+        return out.transpose(1, 2), lse[..., : q.shape[2]]
+    return fmha.memory_efficient_attention(q_, k_, v_, attn_bias=full, scale=scale).transpose(1, 2)

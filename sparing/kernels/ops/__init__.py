@@ -1,0 +1,1 @@
+"""One file an op: its public function, its reference formula, and what registers it."""
