@@ -16,6 +16,14 @@ _HOMES = {
     "use_backend": "dispatch",
     "attention": "ops.attention",
     "attention_weights": "ops.attention",
+    "few_query_attention": "ops.few_query_attention",
+    "merge_attention": "ops.few_query_attention",
+    "RingCache": "ops.ring_attention_step",
+    "ring_attention_step": "ops.ring_attention_step",
+    "tiny_attention": "ops.tiny_attention",
+    "window_attention": "ops.window_attention",
+    "relative_position_index": "ops.window_attention",
+    "window_region": "ops.window_attention",
 }
 
 __all__ = sorted(_HOMES)

@@ -78,7 +78,7 @@ def attention_weights(
     visible = visible_mask(q, k, key_padding_mask=key_padding_mask, kv_len=kv_len, causal=causal)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     weights, total, _ = _exponentials(q, k, bias=bias, visible=visible, scale=scale)
-    return (weights / total).to(q.dtype)
+    return (weights / total.masked_fill(total == 0, 1.0)).to(q.dtype)
 
 
 def check_masks(
@@ -126,33 +126,23 @@ def explicit_attention(
 ) -> tuple[Tensor, Tensor]:
     """The formula in plain arithmetic, in float32 (float64 for float64 inputs): every attention op's reference.
 
-    ``visible`` is bool and broadcastable to (..., M, N), True = may attend. Returns out in the dtype of ``q`` and lse.
+    ``visible`` is bool and broadcastable to (..., M, N), True = may attend. Returns out in the dtype of ``q`` and a
+    differentiable lse (public ops detach theirs).
     """
     weights, total, peak = _exponentials(q, k, bias=bias, visible=visible, scale=scale)
+    nothing = total == 0
+    total = total.masked_fill(nothing, 1.0)
     if dropout_p > 0.0:
         weights = torch.nn.functional.dropout(weights, p=dropout_p)
     out = torch.matmul(weights, v.to(weights.dtype)) / total
-    # log(0) = -inf where nothing is visible: total was set to 1 there, so it is put back
-    lse = (peak + total.log()).squeeze(-1).detach()
-    if visible is not None or bias is not None or k.shape[-2] == 0:
-        nothing = (weights == 0).all(-1) if dropout_p == 0.0 else _sees_nothing(q, k, bias, visible)
-        lse = lse.masked_fill(nothing, float("-inf"))
+    lse = (peak + total.log()).masked_fill(nothing, float("-inf")).squeeze(-1)
     return out.to(q.dtype), lse
-
-
-def _sees_nothing(q: Tensor, k: Tensor, bias: Tensor | None, visible: Tensor | None) -> Tensor:
-    open_ = torch.ones(*q.shape[:-1], k.shape[-2], dtype=torch.bool, device=q.device)
-    if visible is not None:
-        open_ = open_ & visible
-    if bias is not None:
-        open_ = open_ & (bias != float("-inf"))
-    return ~open_.any(-1)
 
 
 def _exponentials(
     q: Tensor, k: Tensor, *, bias: Tensor | None, visible: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(score - peak) (..., M, N), its row sums with 0 replaced by 1, and the row peaks with -inf replaced by 0."""
+    """exp(score - peak) (..., M, N), its row sums (0 where nothing is visible), row peaks with -inf as 0."""
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     scores = torch.matmul(q.to(accumulate), k.to(accumulate).transpose(-2, -1)) * scale
     if bias is not None:
@@ -165,8 +155,7 @@ def _exponentials(
         peak = scores.detach().amax(-1, keepdim=True)
         peak = peak.masked_fill(peak == float("-inf"), 0.0)
     weights = torch.exp(scores - peak)
-    total = weights.sum(-1, keepdim=True)
-    return weights, total.masked_fill(total == 0, 1.0), peak
+    return weights, weights.sum(-1, keepdim=True), peak
 
 
 def _reference(
@@ -184,7 +173,7 @@ def _reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     visible = visible_mask(q, k, key_padding_mask=key_padding_mask, kv_len=kv_len, causal=causal)
     out, lse = explicit_attention(q, k, v, bias=bias, visible=visible, scale=scale, dropout_p=dropout_p)
-    return (out, lse) if return_lse else out
+    return (out, lse.detach()) if return_lse else out
 
 
 def _order(q: Tensor, *args: object, **kwargs: object) -> tuple[str, ...]:

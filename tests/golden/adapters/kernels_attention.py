@@ -8,6 +8,7 @@ from torch import Tensor
 from golden.adapters.kernels_cases import cast, expand, gradients, or_skip
 from golden.harness import Case, CaseFile
 from sparing import kernels
+from sparing.kernels.ops.few_query_attention import partial_attention
 
 LIBRARY = [("reference", "float64"), ("reference", "float32"), ("sdpa", "float64"), ("sdpa", "float32")]
 LIBRARY += [(backend, dtype) for backend in ("reference", "sdpa") for dtype in ("bfloat16", "float16")]
@@ -50,9 +51,96 @@ def _attention(case: Case) -> dict[str, Tensor]:
     return found if backend == "flex" else {**found, **gradients(found["out"], case, q=q, k=k, v=v, bias=bias)}
 
 
+def _few_query(case: Case) -> dict[str, Tensor]:
+    q, k, v, bias = cast(case, "q", "k", "v", "bias")
+    kv_len, splits, scale = case.inputs.get("kv_len"), case.config["splits"], case.config["scale"]
+    backend = case.options["backend"]
+    found = _out_and_lse(
+        or_skip(
+            lambda: kernels.few_query_attention(
+                q,
+                k,
+                v,
+                bias=bias,
+                kv_len=kv_len,
+                scale=scale,
+                splits=splits,
+                return_lse=backend != "sdpa",
+                backend=backend,
+            )
+        )
+    )
+    found |= gradients(found["out"], case, q=q, k=k, v=v, bias=bias)
+    if "partial_out" in case.expected:
+        partials = partial_attention(q, k, v, bias=bias, kv_len=kv_len, scale=scale, splits=splits)
+        found["partial_out"], found["partial_lse"] = partials
+    return found
+
+
+def _window(case: Case) -> dict[str, Tensor]:
+    qkv, table = cast(case, "qkv", "rel_table")
+    window, shift, backend = case.config["window"], case.config["shift"], case.options["backend"]
+    found = _out_and_lse(
+        or_skip(
+            lambda: kernels.window_attention(
+                qkv,
+                table,
+                window=window,
+                shift=shift,
+                heads=case.config["heads"],
+                scale=case.config["scale"],
+                return_lse=backend != "sdpa",
+                backend=backend,
+            )
+        )
+    )
+    found["rel_index"] = kernels.relative_position_index(window)
+    found["region"] = kernels.window_region(*qkv.shape[1:3], window=window, shift=shift)
+    return {**found, **gradients(found["out"], case, qkv=qkv, table=table)}
+
+
+def _ring(case: Case) -> dict[str, Tensor]:
+    config, backend, dtype = case.config, case.options["backend"], case.options["dtype"]
+    q, k, v, age_bias = cast(case, "q", "k_new", "v_new", "age_bias")
+    streams, _, heads, head_dim = q.shape[1:]
+    room = config["capacity"] - config["window"] + 1
+    cache = kernels.RingCache.empty(
+        streams, config["window"], heads=heads, head_dim=head_dim, tokens_per_step=room, dtype=dtype
+    )
+    trace: dict[str, list[Tensor]] = {"out": [], "lse": [], "head_after": [], "len_after": []}
+    for step in range(q.shape[0]):
+        found = _out_and_lse(
+            or_skip(
+                lambda step=step: kernels.ring_attention_step(
+                    q[step],
+                    k[step],
+                    v[step],
+                    cache,
+                    active=case.inputs["active"][step],
+                    reset=case.inputs["reset"][step],
+                    age_bias=age_bias,
+                    scale=config["scale"],
+                    return_lse=backend != "sdpa",
+                    backend=backend,
+                )
+            )
+        )
+        found |= {"head_after": cache.head.clone(), "len_after": cache.length.clone()}
+        for name, value in found.items():
+            trace[name].append(value)
+    stacked = {name: torch.stack(values) for name, values in trace.items() if values}
+    return {**stacked, "k_cache_final": cache.k, "v_cache_final": cache.v}
+
+
 VARIANTS: dict[str, list[tuple[str, str]]] = {
     "attention": [*LIBRARY, ("flex", "float32")],
+    "few_query_attention": LIBRARY,
+    "window_attention": LIBRARY,
+    "ring_attention_step": LIBRARY,
 }
 BUILDERS: dict[str, Callable[[Case], dict[str, Tensor]]] = {
     "attention": _attention,
+    "few_query_attention": _few_query,
+    "window_attention": _window,
+    "ring_attention_step": _ring,
 }

@@ -1,0 +1,163 @@
+"""Attention of a few queries over many keys, split along the keys (split-K), and the merge of partial attentions.
+
+Split s covers keys ``[s c, (s+1) c)`` with ``c = ceil(N / splits)``; it gives a normalised output and its
+log-normaliser. With ``w = softmax_s(lse)`` the whole is ``out = sum_s w_s out_s``, ``lse = logsumexp_s``; an empty
+split weighs nothing.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparing.kernels.backends import sdpa
+from sparing.kernels.dispatch import define_op, register_impl, run
+from sparing.kernels.masks import check_qkv, key_mask
+from sparing.kernels.ops.attention import check_masks, explicit_attention
+
+MAX_QUERIES = 64
+
+
+def few_query_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    scale: float | None = None,
+    splits: int | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of at most 64 queries over any number of keys.
+
+    Args:
+        q: (batch, heads, M, head_dim), M <= 64. k: (batch, heads, N, head_dim). v: (batch, heads, N, value_dim).
+        bias: added to the scores, (1 | batch, 1 | heads, 1 | M, N); may require a gradient. kv_len: (batch,)
+        integers, keys from this position on are hidden; 0 makes a sample empty (out 0, lse -inf). scale: factor of
+        the scores; ``head_dim ** -0.5`` when None. splits: number of parts of the keys; chosen from the shapes when
+        None. It never changes the result beyond rounding. return_lse: also return the natural-log normaliser of each
+        row, not differentiable. backend: ``'auto'``, ``'triton'``, ``'sdpa'`` or ``'reference'``.
+
+    Returns:
+        (batch, heads, M, value_dim) in the dtype of ``q``; with ``return_lse`` also lse (batch, heads, M).
+
+    Raises:
+        ValueError: shapes that do not fit, more than 64 queries, or ``splits`` below 1.
+        BackendUnsupported: the named backend cannot serve this call.
+    """
+    check_qkv(q, k, v)
+    check_masks(q, k, bias=bias, key_padding_mask=None, kv_len=kv_len)
+    if q.shape[2] > MAX_QUERIES:
+        raise ValueError(f"few_query_attention serves at most {MAX_QUERIES} queries, got {q.shape[2]}; use attention")
+    if splits is not None and splits < 1:
+        raise ValueError(f"splits must be at least 1, got {splits}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return run(
+        "few_query_attention", backend, q, k, v,
+        bias=bias, kv_len=kv_len, scale=scale, splits=splits, return_lse=return_lse,
+    )  # fmt: skip
+
+
+def merge_attention(outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Merge attentions of the same queries over disjoint sets of keys into the attention over all of them.
+
+    Args:
+        outs: (batch, heads, S, M, value_dim), or a sequence of S tensors (batch, heads, M, value_dim).
+        lses: (batch, heads, S, M), or a sequence of S tensors (batch, heads, M): natural-log normalisers, -inf = empty.
+
+    Returns:
+        out (batch, heads, M, value_dim) in the dtype of ``outs`` and lse (batch, heads, M); 0 and -inf where all are
+        empty.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    outs = outs if isinstance(outs, Tensor) else torch.stack(list(outs), dim=2)
+    lses = lses if isinstance(lses, Tensor) else torch.stack(list(lses), dim=2)
+    if outs.shape[:-1] != lses.shape:
+        raise ValueError(f"outs {tuple(outs.shape)} and lses {tuple(lses.shape)} disagree")
+    peak = lses.detach().amax(-2, keepdim=True)
+    peak = peak.masked_fill(peak == float("-inf"), 0.0)
+    weights = torch.exp(lses - peak)
+    total = weights.sum(-2, keepdim=True)
+    nothing = total == 0
+    weights = weights / total.masked_fill(nothing, 1.0)
+    merged = (weights.unsqueeze(-1) * outs.to(weights.dtype)).sum(-3)
+    lse = (peak + total.masked_fill(nothing, 1.0).log()).masked_fill(nothing, float("-inf")).squeeze(-2)
+    return merged.to(outs.dtype), lse
+
+
+def partial_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, kv_len: Tensor | None, scale: float, splits: int
+) -> tuple[Tensor, Tensor]:
+    """The attention of each split by explicit arithmetic: outs (B, H, S, M, Dv) and lses (B, H, S, M)."""
+    num_keys = k.shape[2]
+    chunk = max(-(-num_keys // splits), 1)
+    missing = splits * chunk - num_keys
+    in_range = torch.arange(splits * chunk, device=q.device) < num_keys
+    visible = in_range.view(1, 1, splits, 1, chunk)
+    hidden = key_mask(num_keys, key_padding_mask=None, kv_len=kv_len)
+    if hidden is not None:
+        visible = visible & pad(hidden, (0, missing)).view(-1, 1, splits, 1, chunk)
+    k = pad(k, (0, 0, 0, missing)).unflatten(2, (splits, chunk))
+    v = pad(v, (0, 0, 0, missing)).unflatten(2, (splits, chunk))
+    if bias is not None:
+        bias = pad(bias, (0, missing)).unflatten(3, (splits, chunk)).transpose(2, 3)
+    return explicit_attention(q.unsqueeze(2), k, v, bias=bias, visible=visible, scale=scale)
+
+
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None,
+    kv_len: Tensor | None,
+    scale: float,
+    splits: int | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
+    outs, lses = partial_attention(
+        q.to(wide), k.to(wide), v.to(wide), bias=bias, kv_len=kv_len, scale=scale, splits=splits or 1
+    )
+    out, lse = merge_attention(outs, lses)
+    return (out.to(dtype), lse.detach()) if return_lse else out.to(dtype)
+
+
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None,
+    kv_len: Tensor | None,
+    scale: float,
+    splits: int | None,
+    return_lse: bool,
+) -> Tensor:
+    return sdpa.attention(q, k, v, bias=bias, key_padding_mask=None, kv_len=kv_len, causal=False, scale=scale)
+
+
+def _order(
+    q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, kv_len: Tensor | None, **kwargs: Any
+) -> tuple[str, ...]:
+    if q.device.type != "cuda":
+        return ("sdpa", "reference")
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    idle = q.shape[0] * q.shape[1] < 2 * processors and k.shape[2] >= 2048
+    masked = bias is not None or kv_len is not None  # SDPA's flash kernel refuses a mask
+    return ("triton", "sdpa", "reference") if idle or masked else ("sdpa", "triton", "reference")
+
+
+def _scores(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> int:
+    return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+
+
+define_op(few_query_attention, order=_order, autocast=3, scores=_scores)
+register_impl("few_query_attention", "reference", _reference)
+register_impl("few_query_attention", "sdpa", _sdpa, supports=sdpa.attention_reasons)
