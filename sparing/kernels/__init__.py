@@ -24,6 +24,20 @@ _HOMES = {
     "window_attention": "ops.window_attention",
     "relative_position_index": "ops.window_attention",
     "window_region": "ops.window_attention",
+    "codebook_argmin": "ops.codebook",
+    "codebook_stats": "ops.codebook",
+    "compact": "ops.compaction",
+    "Compaction": "ops.compaction",
+    "cosine_exit": "ops.cosine_exit",
+    "gate_residual": "ops.adaln",
+    "gate_residual_ln_modulate": "ops.adaln",
+    "gather_rows": "ops.compaction",
+    "grid_pool": "ops.pooling",
+    "grid_unpool": "ops.pooling",
+    "ln_modulate": "ops.adaln",
+    "scatter_rows": "ops.compaction",
+    "segment_pool": "ops.pooling",
+    "survivors": "ops.cosine_exit",
 }
 
 __all__ = sorted(_HOMES)

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from golden.adapters import kernels_attention
+from golden.adapters import kernels_attention, kernels_other
 from golden.harness import Case, CaseFile
 
-GROUPS = (kernels_attention,)
+GROUPS = (kernels_attention, kernels_other)
 
 BUILDERS: dict[str, Callable[[Case], dict[str, Tensor]]] = {
     kind: builder for group in GROUPS for kind, builder in group.BUILDERS.items()
