@@ -9,24 +9,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparing.zoo.cards import ModelCard, model_card
+    from sparing.zoo.compare import Comparison, compare
+    from sparing.zoo.profile import Profile, profile
     from sparing.zoo.registry import create_model, list_models, register_model
     from sparing.zoo.twins import load, methods, twin
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Comparison",
     "ModelCard",
+    "Profile",
     "__version__",
+    "compare",
     "create_model",
     "list_models",
     "load",
     "methods",
     "model_card",
+    "profile",
     "register_model",
     "twin",
 ]
 
 _ROOMS = {
+    "Comparison": "sparing.zoo.compare",
+    "Profile": "sparing.zoo.profile",
+    "compare": "sparing.zoo.compare",
+    "profile": "sparing.zoo.profile",
     "ModelCard": "sparing.zoo.cards",
     "create_model": "sparing.zoo.registry",
     "list_models": "sparing.zoo.registry",
