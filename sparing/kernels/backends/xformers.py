@@ -74,3 +74,43 @@ def attention(
         out, lse = fmha.memory_efficient_attention_forward_requires_grad(q_, k_, v_, attn_bias=full, scale=scale)
         return out.transpose(1, 2), lse[..., : q.shape[2]]
     return fmha.memory_efficient_attention(q_, k_, v_, attn_bias=full, scale=scale).transpose(1, 2)
+
+
+def varlen_reasons(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **kwargs: Any
+) -> list[str]:
+    """Why xformers cannot serve a packed call."""
+    reasons = []
+    if torch.compiler.is_compiling():
+        reasons.append("cannot be traced by torch.compile: it reads the lengths on the host")
+    if q.dtype == torch.float64:
+        reasons.append("dtype float64 is not served; float32, bfloat16 and float16 are")
+    if kwargs.get("causal"):
+        reasons.append("masks that can empty a row are not served: its kernels are not tested on such rows")
+    if kwargs.get("return_lse"):
+        reasons.append("gives no packed lse")
+    if 0 in (q.shape[0], k.shape[0], max_q, max_k, cu_q.shape[0] - 1):
+        reasons.append("there are no queries, keys or segments")
+    return reasons
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    causal: bool,
+    scale: float,
+    return_lse: bool,
+) -> Tensor:
+    """Packed attention by a block-diagonal mask. The mask wants the lengths on the host: one synchronisation a call."""
+    fmha = _fmha()
+    mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens(cu_q.diff().tolist(), cu_k.diff().tolist())
+    out = fmha.memory_efficient_attention(*(t.unsqueeze(0) for t in (q, k, v)), attn_bias=mask, scale=scale)[0]
+    total = torch.arange(q.shape[0], device=q.device, dtype=torch.int32)
+    segment = torch.searchsorted(cu_q[1:].contiguous(), total, right=True)
+    return out.masked_fill((cu_k.diff()[segment] == 0).view(-1, 1, 1), 0.0)

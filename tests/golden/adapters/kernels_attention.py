@@ -9,6 +9,7 @@ from golden.adapters.kernels_cases import cast, expand, gradients, or_skip
 from golden.harness import Case, CaseFile
 from sparing import kernels
 from sparing.kernels.ops.few_query_attention import partial_attention
+from sparing.kernels.ops.predict_block_map import block_prediction
 
 LIBRARY = [("reference", "float64"), ("reference", "float32"), ("sdpa", "float64"), ("sdpa", "float32")]
 LIBRARY += [(backend, dtype) for backend in ("reference", "sdpa") for dtype in ("bfloat16", "float16")]
@@ -132,14 +133,83 @@ def _ring(case: Case) -> dict[str, Tensor]:
     return {**stacked, "k_cache_final": cache.k, "v_cache_final": cache.v}
 
 
+def _varlen(case: Case) -> dict[str, Tensor]:
+    q, k, v = cast(case, "q", "k", "v")
+    backend, config = case.options["backend"], case.config
+    found = _out_and_lse(
+        or_skip(
+            lambda: kernels.varlen_attention(
+                q,
+                k,
+                v,
+                case.inputs["cu_q"],
+                case.inputs["cu_k"],
+                config["max_q"],
+                config["max_k"],
+                causal=config["causal"],
+                scale=config["scale"],
+                return_lse=backend != "sdpa",
+                backend=backend,
+            )
+        )
+    )
+    return {**found, **gradients(found["out"], case, q=q, k=k, v=v)}
+
+
+def _block_sparse(case: Case) -> dict[str, Tensor]:
+    q, k, v = cast(case, "q", "k", "v")
+    backend, config = case.options["backend"], case.config
+    block_map = kernels.BlockMap.from_mask(
+        case.inputs["block_mask"], block_q=config["block_q"], block_k=config["block_k"]
+    )
+    with torch.set_grad_enabled(backend != "flex"):
+        found = _out_and_lse(
+            or_skip(
+                lambda: kernels.block_sparse_attention(
+                    q,
+                    k,
+                    v,
+                    block_map,
+                    causal=config["causal"],
+                    scale=config["scale"],
+                    return_lse=backend != "sdpa",
+                    backend=backend,
+                )
+            )
+        )
+    lists = {"kv_num": block_map.kv_num, "kv_idx": block_map.kv_idx}
+    if backend == "flex":
+        return {**found, **lists}
+    return {**found, **lists, **gradients(found["out"], case, q=q, k=k, v=v)}
+
+
+def _predict(case: Case) -> dict[str, Tensor]:
+    q, k = cast(case, "q", "k")
+    options = {name: case.config[name] for name in ("block_q", "block_k", "sim_threshold", "cdf", "topk", "causal")}
+    options |= {"keep_sink": case.config["keep_sink"], "scale": case.config["scale"]}
+    found = block_prediction(q, k, **options)
+    block_map = kernels.predict_block_map(q, k, **options, backend=case.options["backend"])
+    assert torch.equal(block_map.mask, found.mask)
+    similarities = torch.cat([found.sim_q.flatten(), found.sim_k.flatten()])
+    margin = (similarities - case.config["sim_threshold"]).abs().min()
+    return {**found._asdict(), "block_mask": block_map.mask, "threshold_margin": margin}
+
+
+WIDE = [("reference", "float64"), ("reference", "float32")]  # the prediction's decisions are exact in these
 VARIANTS: dict[str, list[tuple[str, str]]] = {
     "attention": [*LIBRARY, ("flex", "float32")],
+    "varlen_attention": LIBRARY,
+    "block_sparse_attention": [*LIBRARY, ("flex", "float32")],
+    "predict_block_map": WIDE,
     "few_query_attention": LIBRARY,
     "window_attention": LIBRARY,
     "ring_attention_step": LIBRARY,
 }
 BUILDERS: dict[str, Callable[[Case], dict[str, Tensor]]] = {
     "attention": _attention,
+    "varlen_attention": _varlen,
+    "block_sparse_attention": _block_sparse,
+    "predict_block_map": _predict,
     "few_query_attention": _few_query,
     "window_attention": _window,
     "ring_attention_step": _ring,

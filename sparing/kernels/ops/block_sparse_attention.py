@@ -1,0 +1,96 @@
+"""Attention over the blocks of a :class:`~sparing.kernels.BlockMap` only.
+
+A score is computed when its block is kept, and with ``causal`` when also ``j <= i + N - M``. A query row none of
+whose keys is computed gives out 0, lse -inf and no gradient.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from sparing.kernels.backends import flex, sdpa
+from sparing.kernels.block_map import BlockMap
+from sparing.kernels.dispatch import define_op, register_impl, run
+from sparing.kernels.masks import check_qkv
+from sparing.kernels.ops.attention import explicit_attention
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_map: BlockMap,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Block-sparse attention, with gradients.
+
+    Args:
+        q: (batch, heads, M, head_dim).
+        k: (batch, heads, N, head_dim).
+        v: (batch, heads, N, value_dim).
+        block_map: the blocks to compute; its batch and head dims may be 1 (shared).
+        causal: also hide keys ``j > i + N - M``, inside blocks too.
+        scale: factor of the scores; ``head_dim ** -0.5`` when None.
+        return_lse: also return the natural-log normaliser (batch, heads, M), not differentiable.
+        backend: ``'auto'``, ``'triton'``, ``'flex'``, ``'sdpa'`` or ``'reference'``.
+
+    Returns:
+        (batch, heads, M, value_dim) in the dtype of ``q``; with ``return_lse`` also lse.
+
+    Raises:
+        ValueError: shapes or a map that do not fit.
+        BackendUnsupported: the named backend cannot serve this call.
+    """
+    check_qkv(q, k, v)
+    block_map.check(q, k)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return run("block_sparse_attention", backend, q, k, v, block_map, causal=causal, scale=scale, return_lse=return_lse)
+
+
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, *, causal: bool, scale: float, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    visible = block_map.elements(q.shape[2], k.shape[2], causal=causal)
+    out, lse = explicit_attention(q, k, v, bias=None, visible=visible, scale=scale)
+    return (out, lse.detach()) if return_lse else out
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, *, causal: bool, scale: float, return_lse: bool
+) -> Tensor:
+    visible = block_map.elements(q.shape[2], k.shape[2], causal=causal)
+    return sdpa.masked_attention(q, k, v, bias=None, visible=visible, scale=scale)
+
+
+def _sdpa_reasons(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, **kwargs: Any) -> list[str]:
+    return sdpa.attention_reasons(q, k, v, **kwargs)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, *, causal: bool, scale: float, return_lse: bool) -> Any:
+    block_mask = block_map.to_flex(q.shape[2], k.shape[2], causal=causal)
+    return flex.call_flex(q, k, v, return_lse=return_lse, block_mask=block_mask, scale=scale)
+
+
+def _flex_reasons(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, **kwargs: Any) -> list[str]:
+    reasons = flex.common_reasons(q, k, v)
+    if q.device.type == "cuda" and (block_map.block_q % 64 or block_map.block_k % 64):
+        reasons.append(f"blocks of {block_map.block_q} x {block_map.block_k} are no multiples of its 64 x 64 tiles")
+    return reasons
+
+
+def _order(q: Tensor, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+    return ("triton", "flex", "sdpa", "reference") if q.device.type == "cuda" else ("sdpa", "reference")
+
+
+def _scores(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> int:
+    return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+
+
+define_op(block_sparse_attention, order=_order, autocast=3, scores=_scores)
+register_impl("block_sparse_attention", "reference", _reference)
+register_impl("block_sparse_attention", "sdpa", _sdpa, supports=_sdpa_reasons)
+register_impl("block_sparse_attention", "flex", _flex, supports=_flex_reasons, here=flex.here, deterministic=False)
