@@ -1,0 +1,59 @@
+"""Continual inference: clip networks that run on live streams."""
+
+from sparing.continual.container import BroadcastReduce, Conditional, Residual, Sequential, named_sequential
+from sparing.continual.conv import Conv1d, Conv2d, Conv3d
+from sparing.continual.delay import Delay, Skip
+from sparing.continual.module import Continual, Plan, Stream
+from sparing.continual.per_frame import Flatten, LayerNorm, Linear, PerFrame, Softmax
+from sparing.continual.pool import (
+    AdaptiveAvgPool2d,
+    AdaptiveAvgPool3d,
+    AdaptiveMaxPool2d,
+    AdaptiveMaxPool3d,
+    AvgPool1d,
+    AvgPool2d,
+    AvgPool3d,
+    MaxPool1d,
+    MaxPool2d,
+    MaxPool3d,
+)
+from sparing.continual.state import StreamState, gather, leaves, load_state, reset, save_state, scatter, state_bytes
+
+__all__ = [
+    "AdaptiveAvgPool2d",
+    "AdaptiveAvgPool3d",
+    "AdaptiveMaxPool2d",
+    "AdaptiveMaxPool3d",
+    "AvgPool1d",
+    "AvgPool2d",
+    "AvgPool3d",
+    "BroadcastReduce",
+    "Conditional",
+    "Continual",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Delay",
+    "Flatten",
+    "LayerNorm",
+    "Linear",
+    "MaxPool1d",
+    "MaxPool2d",
+    "MaxPool3d",
+    "PerFrame",
+    "Plan",
+    "Residual",
+    "Sequential",
+    "Skip",
+    "Softmax",
+    "Stream",
+    "StreamState",
+    "gather",
+    "leaves",
+    "load_state",
+    "named_sequential",
+    "reset",
+    "save_state",
+    "scatter",
+    "state_bytes",
+]
