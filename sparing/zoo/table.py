@@ -96,3 +96,15 @@ def closest(name: str, known: Iterable[str], *, most: int = 4) -> str:
     near = sorted(((likeness(candidate), candidate) for candidate in known), key=lambda pair: (-pair[0], pair[1]))
     names = [candidate for score, candidate in near[:most] if score >= 0.55]
     return f"closest: {', '.join(names)}" if names else ""
+
+
+# -- vision: the small host of the demo, trained by benchmarks/fashion_table.py
+_add(
+    "sparing.vision.micro",
+    "image-classification",
+    None,
+    {"vit_micro_patch4_28.demo_fashion": {"params": 902_218}},
+    license_data="mit",
+    demo=True,
+    notes="Fashion-MNIST, 28 x 28 grey",
+)
