@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sparing
+from sparing.zoo.hosts import is_saved_name
 from sparing.zoo.profile import (
     Profile,
     assemble,
@@ -22,6 +23,8 @@ from sparing.zoo.profile import (
     placement,
     spread,
 )
+from sparing.zoo.registry import create_model
+from sparing.zoo.table import MODELS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +72,8 @@ class Comparison:
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         first = self.rows[0].profile
         where = f"{first.device}, {first.dtype}, batch {first.batch_size}"
-        note = f"{where}, {first.repeats} interleaved rounds; inputs: {self.inputs}"
+        rounds = f"{first.repeats} interleaved rounds" if first.repeats else "not timed"
+        note = f"{where}, {rounds}; inputs: {self.inputs}"
         return "\n".join([*(_aligned(line, widths) for line in lines), note])
 
     @staticmethod
@@ -132,42 +136,56 @@ class Comparison:
 
 
 def compare(
-    models: Sequence[nn.Module | str] | Mapping[str, nn.Module],
+    models: Sequence[nn.Module] | Sequence[str] | Mapping[str, nn.Module],
     *,
     inputs: Tensor | Sequence[Any] | None = None,
+    batch: int = 1,
+    image_size: int | None = None,
     kwargs: Mapping[str, Any] | None = None,
     repeats: int = 20,
     warmup: int = 3,
     measure: bool = True,
+    cost_only: Collection[str] = (),
 ) -> Comparison:
     """Measures models interleaved in one run and compares costs and outputs to the first.
 
     Args:
-        models: the first is what the others are held against. Live modules, names that ``create_model`` knows (built
-            with random weights: cost only), or a mapping from the names to print to modules.
+        models: the first is what the others are held against. Live modules, a mapping from the names to print to live
+            modules, or names (see :func:`create_all`; those without weights are compared by cost only).
         inputs: a tensor, or the tuple of positional arguments of every forward; None makes one random image of the
             size that the first model's ``pretrained_cfg`` names. Agreement on random input says little about
             agreement on images.
+        batch: number of random images when no inputs are given; ``image_size`` their side.
         kwargs: keyword arguments of every forward.
         repeats: interleaved rounds; ``warmup`` of them before.
         measure: False counts parameters and FLOPs and compares outputs, but takes no times.
+        cost_only: names of models whose outputs are not compared, because their weights are random.
 
     Raises:
         ValueError: no models, or a bad number of repeats.
     """
-    named = _named(models)
-    if not named:
+    if not models:
         raise ValueError("compare needs at least one model")
+    named: dict[str, nn.Module] = {}
+    if isinstance(models, Mapping):
+        named = dict(models)
+    elif all(isinstance(model, str) for model in models):
+        named, cost_only = create_all(cast(Sequence[str], models))
+    else:
+        for model in cast(Sequence[nn.Module], models):
+            named[_unique(type(model).__name__, named)] = model
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
     names, modules = list(named), list(named.values())
     drawn = inputs is None
-    arguments = (
-        (example_input(modules[0]),) if inputs is None else (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    )
+    if inputs is None:
+        inputs = example_input(modules[0], batch=batch, image_size=image_size)
+    arguments = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     call = dict(kwargs or {})
     device, _ = placement(modules[0], arguments)
-    outputs = [_outputs(module, arguments, call) for module in modules]
+    outputs = [
+        (None, None) if name in cost_only else _outputs(module, arguments, call) for name, module in named.items()
+    ]
     seconds: list[list[float]] = [[] for _ in modules]
     if measure:
         calls = [lambda module=module: module(*arguments, **call) for module in modules]  # type: ignore[misc]
@@ -191,24 +209,41 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(padded).rstrip()
 
 
-def _named(models: Sequence[nn.Module | str] | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Names for every model, unique: a mapping's own, a string itself, else class and method."""
-    if isinstance(models, Mapping):
-        return dict(models)
-    named: dict[str, nn.Module] = {}
-    for model in models:
-        if isinstance(model, str):
-            from sparing.zoo.registry import create_model
+def create_all(
+    names: Sequence[str],
+    *,
+    pretrained: bool = False,
+    device: "str | torch.device | None" = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[dict[str, nn.Module], set[str]]:
+    """Creates models by name for a comparison.
 
-            name, module = model, create_model(model)
-        else:
-            name, module = type(model).__name__, model
-        number = 2
-        unique = name
-        while unique in named:
-            unique, number = f"{name} ({number})", number + 1
-        named[unique] = module
-    return named
+    Args:
+        names: what ``create_model`` takes. A tag (``NAME.TAG``), a folder and a hub id always bring their weights.
+        pretrained: published weights for the others too.
+        device: where to; ``dtype`` likewise.
+
+    Returns:
+        Models by name (a repeated name gets a number), and the names among them whose weights are random: their
+        outputs say nothing.
+    """
+    models: dict[str, nn.Module] = {}
+    random: set[str] = set()
+    for name in names:
+        saved = is_saved_name(name)
+        weights = not saved and (pretrained or (name in MODELS and MODELS[name].source is not None))
+        unique = _unique(name, models)
+        models[unique] = create_model(name, pretrained=weights, dtype=dtype).to(device=device)
+        if not (weights or saved):
+            random.add(unique)
+    return models, random
+
+
+def _unique(name: str, taken: Mapping[str, Any]) -> str:
+    number, unique = 2, name
+    while unique in taken:
+        unique, number = f"{name} ({number})", number + 1
+    return unique
 
 
 def _row(

@@ -2,13 +2,14 @@
 ``OWNER/REPO``.
 """
 
+import importlib
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 
 from sparing.zoo import twins, weights
-from sparing.zoo.table import closest
+from sparing.zoo.table import MODELS, closest
 
 PREFIXES = ("timm", "torchvision", "open_clip")
 
@@ -16,6 +17,11 @@ PREFIXES = ("timm", "torchvision", "open_clip")
 def is_host_name(name: str) -> bool:
     """Whether ``name`` means a host or a saved folder rather than a name of the zoo."""
     return "/" in name or name in (".", "..") or Path(name).is_dir()
+
+
+def is_saved_name(name: str) -> bool:
+    """Whether ``name`` means a saved folder or a hub id, which bring their own weights."""
+    return is_host_name(name) and (name.partition("/")[0] not in PREFIXES or Path(name).is_dir())
 
 
 def create_host(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -34,7 +40,7 @@ def create_host(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module
         ConnectionError: the hub is needed and cannot be reached.
     """
     prefix, _, rest = name.partition("/")
-    if prefix in PREFIXES and not Path(name).is_dir():
+    if not is_saved_name(name):
         return {"timm": _timm, "torchvision": _torchvision, "open_clip": _open_clip}[prefix](rest, pretrained, kwargs)
     if kwargs:
         raise ValueError(f"{name!r} is a saved model and takes no further arguments, got {', '.join(sorted(kwargs))}")
@@ -51,7 +57,8 @@ def create_host(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module
             raise ValueError(
                 f"the pipeline in {name!r} has no transformer: sparing makes twins of diffusion transformers only"
             )
-    return twins.load(folder)
+    config = twins.read_config(folder)
+    return _timm_folder(folder, config) if "architecture" in config else twins.load(folder)
 
 
 def _unknown(name: str, library: str, known: list[str]) -> ValueError:
@@ -76,6 +83,24 @@ def _timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
         raise ValueError(f"timm's {base!r} has no weights tagged {name.partition('.')[2]!r}") from error
     except OSError as error:
         raise _needs_hub("timm", name) from error
+
+
+def _timm_folder(folder: Path, config: dict[str, Any]) -> nn.Module:
+    """A folder in timm's layout: config.json with ``architecture`` and ``pretrained_cfg``, and weights."""
+    name, arguments = str(config["architecture"]), dict(config.get("model_args") or {})
+    if name in MODELS:
+        importlib.import_module(MODELS[name].module)  # makes our name one of timm's
+    if "num_classes" in config:
+        arguments["num_classes"] = config["num_classes"]
+    model: Any = _timm(name, False, arguments)
+    path = weights.weights_file(folder)
+    weights.fill(model, weights.read_state(path), origin=repr(str(path)))
+    model.pretrained_cfg = {**_as_dict(model.pretrained_cfg), **config.get("pretrained_cfg", {})}
+    return cast(nn.Module, model.eval())
+
+
+def _as_dict(cfg: Any) -> dict[str, Any]:
+    return dict(cfg) if isinstance(cfg, dict) else dict(cfg.to_dict())
 
 
 def _torchvision(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:

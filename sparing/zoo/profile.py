@@ -263,7 +263,7 @@ def example_input(model: nn.Module, *, batch: int = 1, image_size: int | None = 
     its device.
 
     Raises:
-        ValueError: the model does not say what it takes.
+        ValueError: the model does not say what it takes, or takes one size only and it is not this.
     """
     cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     size = (cfg.get("input_size") if hasattr(cfg, "get") else None) or (
@@ -274,9 +274,21 @@ def example_input(model: nn.Module, *, batch: int = 1, image_size: int | None = 
     channels, height, width = size
     if image_size is not None:
         height = width = image_size
+    _check_image_size(model, (height, width))
     device, dtype = placement(model, ())
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, channels, height, width, generator=generator).to(device=device, dtype=dtype)
+
+
+def _check_image_size(model: nn.Module, size: tuple[int, int]) -> None:
+    """Refuses a size that a timm-style model with a fixed position embedding cannot take."""
+    embedding: Any = getattr(model, "patch_embed", None)
+    fixed = getattr(embedding, "img_size", None) if getattr(embedding, "strict_img_size", False) else None
+    if fixed is not None and tuple(fixed) != size:
+        raise ValueError(
+            f"this {type(model).__name__} takes {fixed[0]} x {fixed[1]} images only, got {size[0]} x {size[1]}; "
+            "create it with img_size=... or dynamic_img_size=True"
+        )
 
 
 def placement(model: nn.Module, inputs: Sequence[Any]) -> tuple[torch.device, torch.dtype]:

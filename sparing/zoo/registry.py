@@ -104,7 +104,9 @@ def create_model(
         raise ValueError(
             "device='meta' builds without memory and cannot hold weights: create on a real device to load them"
         )
-    with torch.device(device) if device is not None else nullcontext():
+    # a saved model is read where it lies and moved afterwards; everything else is built in place
+    build_on = None if hosts.is_saved_name(name) else device
+    with torch.device(build_on) if build_on is not None else nullcontext():
         if hosts.is_host_name(name):
             if host_pretrained:
                 raise ValueError(f"{name!r} is a host itself: pretrained=True loads its published weights")
@@ -114,7 +116,7 @@ def create_model(
     if checkpoint_path is not None:
         weights.load_checkpoint(model, checkpoint_path, filter_fn=_checkpoint_filter(name))
         model.eval()
-    return model.to(dtype=dtype) if dtype is not None else model
+    return model.to(device=device, dtype=dtype) if device is not None or dtype is not None else model
 
 
 def list_models(

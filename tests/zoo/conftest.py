@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparing.zoo import registry, table
+from sparing.zoo import compare, registry, table
 from zoo import toy
 
 
@@ -20,5 +20,6 @@ def toy_zoo(monkeypatch):
     }
     monkeypatch.setattr(table, "MODELS", entries)
     monkeypatch.setattr(registry, "MODELS", entries)
+    monkeypatch.setattr(compare, "MODELS", entries)
     monkeypatch.setitem(table.METHODS, "toy", "zoo.toy:ToyTwin")
     return toy

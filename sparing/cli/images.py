@@ -1,0 +1,71 @@
+"""``sparing classify``, ``distill``, ``demo``: what takes or shows images."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparing.cli.app import app
+from sparing.cli.options import Device, Dtype, JsonFile, make_twins, parse_device, parse_dtype, write_json
+
+DEFAULT_MODEL = "stvit_vit_micro_patch4_28.demo_fashion"
+
+
+@app.command()
+def classify(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Image files and folders.")],
+    model: Annotated[
+        str | None, typer.Option(help=f"A name with weights, timm/NAME, a folder or hub id; default: {DEFAULT_MODEL}.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="A checkpoint file for --model, or a folder written by save_pretrained.")
+    ] = None,
+    twin: Annotated[
+        str | None, typer.Option(metavar="METHOD[:KNOB=VALUE,...]", help="Use a twin of the model, e.g. tome:r=8.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Also say how far the predictions agree with this model's.")] = None,
+    topk: Annotated[int, typer.Option(min=1, help="Classes a prediction lists.")] = 5,
+    batch: Annotated[int, typer.Option(min=1, help="Images a forward.")] = 16,
+    convert: Annotated[
+        bool, typer.Option("--convert", help="Convert grey, coloured or transparent images to what the model takes.")
+    ] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Classify images; files that cannot be read are listed, the rest goes on, and the exit code is 2."""
+    from sparing.zoo.classify import classify as classify_files
+    from sparing.zoo.classify import load_classifier
+
+    place: dict[str, Any] = {"device": parse_device(device), "dtype": parse_dtype(dtype)}
+    network = load_classifier(model or (None if weights else DEFAULT_MODEL), weights, **place)
+    reference = load_classifier(host, None, **place) if host else None
+    if twin is not None:
+        reference = reference or network
+        network = next(iter(make_twins(network, [twin]).values()))
+    result = classify_files(network, paths, host=reference, topk=topk, batch_size=batch, convert=convert)
+    if not write_json({"model": model, "twin": twin, **result.to_dict()}, json_file):
+        for prediction in result.predictions:
+            chances = zip(prediction.labels, prediction.probabilities, strict=True)
+            print(f"{prediction.path}: " + ", ".join(f"{label} {chance:.1%}" for label, chance in chances))
+        line = f"status: {result.status}"
+        if result.top1_agreement is not None:
+            line += f"; same top class as the host on {result.top1_agreement:.1%}"
+        if result.feature_cosine is not None:
+            line += f"; feature cosine to the host {result.feature_cosine:.4f}"
+        print(line)
+    for _, reason in result.failures:
+        typer.echo(f"error: {reason}", err=True)
+    if result.failures:
+        raise typer.Exit(2)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the picture and the numbers.")] = Path("sparing-demo"),
+    json_file: JsonFile = None,
+) -> None:
+    """Show host, STViT and ToMe side by side on real images that come with sparing; needs no network."""
+    from sparing.recipes.demo import run_demo
+
+    write_json(run_demo(out), json_file)
