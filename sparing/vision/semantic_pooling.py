@@ -1,18 +1,21 @@
 """Initial cluster centers of STViT: pooling an H x W map of tokens to an s_h x s_w map of centers.
 
-"Making Vision Transformers Efficient from a Token Sparsification View", CVPR 2023, eq. 3 to 5. The map is cut into cells, one
-a center; ``WeightedPooling`` (intra-window) predicts a softmax weight for each position of a cell from its 3x3 neighbourhood
-*inside* the cell and takes the weighted mean; ``OffsetPooling`` (inter-window) then moves the centers by what their neighbours look like.
+"Making Vision Transformers Efficient from a Token Sparsification View", CVPR 2023, eq. 3 to 5. The map is cut into
+cells, one a center; ``WeightedPooling`` (intra-window) predicts a softmax weight for each position of a cell from its
+3x3 neighbourhood *inside* the cell and takes the weighted mean; ``OffsetPooling`` (inter-window) then moves the centers
+by what their neighbours look like.
 
-Cells along one axis of ``size`` tokens and ``count`` centers: ``cell = ceil(size / count)``, padding ``count * cell - size`` split evenly
-before and after (14 tokens to 4 centers: cells of 4, one padded on each side: the author's case). Where a cell would then hold
-padding only (7 of 16, 9..13 of 14), bins ``floor(i * size / count) .. ceil((i + 1) * size / count)`` are used instead, padded at their end.
+Cells along one axis of ``size`` tokens and ``count`` centers: ``cell = ceil(size / count)``, padding ``count * cell -
+size`` split evenly before and after (14 tokens to 4 centers: cells of 4, one padded on each side: the author's case).
+Where a cell would then hold padding only (7 of 16, 9..13 of 14), bins ``floor(i * size / count) .. ceil((i + 1) * size
+/ count)`` are used instead, padded at their end.
 
 Shapes: tokens ``(batch, rows * columns, dim)`` in raster order, centers ``(batch, s_h * s_w, dim)`` in raster order.
 """
 
 import math
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +28,9 @@ Grid = tuple[int, int]
 POOLINGS = ("weighted", "avg", "max")
 
 
-class AxisCells(NamedTuple):
-    """How one axis of a token map is cut. ``pad_before`` is None when the cells are adaptive bins (they may overlap)."""
+@dataclass(frozen=True, slots=True)
+class AxisCells:
+    """How one axis of a token map is cut. ``pad_before`` is None when the cells are adaptive bins (may overlap)."""
 
     size: int
     count: int
@@ -39,7 +43,7 @@ class AxisCells(NamedTuple):
         return self.count * self.cell - self.size - (self.pad_before or 0)
 
     def positions(self, device: torch.device) -> Tensor:
-        """(count, cell) token index along the axis of every position; outside ``[0, size)`` or ``size`` where padded."""
+        """(count, cell) token index along the axis of every position, outside ``[0, size)`` where padded."""
         center = torch.arange(self.count, device=device)[:, None]
         offset = torch.arange(self.cell, device=device)[None]
         if self.pad_before is not None:
@@ -71,7 +75,8 @@ def axis_cells(size: int, count: int) -> AxisCells:
 
 
 def cut_cells(tokens: Tensor, rows: AxisCells, columns: AxisCells) -> Tensor:
-    """Cells (batch, s_h, cell_h, s_w, cell_w, dim) of ``tokens`` (batch, rows * columns, dim); padded positions are zero.
+    """Cells (batch, s_h, cell_h, s_w, cell_w, dim) of ``tokens`` (batch, rows * columns, dim); padded positions are
+    zero.
 
     Uniform cells are a view of the padded map. Adaptive bins overlap and are gathered.
     """
@@ -93,8 +98,8 @@ def cut_cells(tokens: Tensor, rows: AxisCells, columns: AxisCells) -> Tensor:
 class WeightedPooling(nn.Module):
     """Softmax-weighted mean of every cell (intra-window pooling).
 
-    The weight of a position is the softmax, over its cell, of ``linear(GELU(LayerNorm(depthwise3x3(cell))))``; the convolution sees
-    one cell, zero padded. New parameters: 12 dim + dim.
+    The weight of a position is the softmax, over its cell, of ``linear(GELU(LayerNorm(depthwise3x3(cell))))``; the
+    convolution sees one cell, zero padded. New parameters: 12 dim + dim.
 
     Args:
         dim: token width.
@@ -113,7 +118,7 @@ class WeightedPooling(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, *, from_scratch: bool = False) -> None:
-        """Start values. With a pretrained host the logits start at zero: each center is the mean of its cell's tokens."""
+        """Start values. With a pretrained host the logits start at zero: a center is the mean of its cell's tokens."""
         nn.init.trunc_normal_(self.conv.weight, std=0.02)
         nn.init.zeros_(self.conv.bias)
         if from_scratch:
@@ -162,8 +167,8 @@ class AdaptivePooling(nn.Module):
 class OffsetPooling(nn.Module):
     """Inter-window offset: moves the pooled centers by a residual computed across cells (paper eq. 5).
 
-    The published text leaves the form open; this one is ours: ``P + conv1x1(GELU(LayerNorm(depthwise3x3(P))))`` on the s_h x s_w
-    map of centers, the last convolution zero at the start.
+    The published text leaves the form open; this one is ours: ``P + conv1x1(GELU(LayerNorm(depthwise3x3(P))))`` on the
+    s_h x s_w map of centers, the last convolution zero at the start.
     """
 
     def __init__(self, dim: int, pooling: nn.Module, centers: Grid) -> None:

@@ -1,91 +1,52 @@
 """STViT: a few semantic tokens instead of all image tokens, on any timm ViT.
 
-"Making Vision Transformers Efficient from a Token Sparsification View" (Chang et al., CVPR 2023). The layers of the host keep
-their number and weights and fall into three segments:
+"Making Vision Transformers Efficient from a Token Sparsification View" (Chang et al., CVPR 2023). The layers of the
+host keep their number and weights and fall into three segments:
 
 * base module: blocks ``0 .. base_depth - 1`` on all image tokens X, unchanged;
-* semantic token generation module (STGM): in the next ``generation_depth`` blocks the queries are M cluster centers and the keys
-  are the image tokens. Their first queries P are pooled from the grid (eq. 3 to 5), the second layer adds learned global centers G;
+* semantic token generation module (STGM): in the next ``generation_depth`` blocks the queries are M cluster centers and
+  the keys are the image tokens. Their first queries P are pooled from the grid (eq. 3 to 5), the second layer adds
+  learned global centers G;
 * semantic layers: the remaining blocks, unchanged, on M tokens.
 
-Shapes: images ``(batch, channels, height, width)``, image tokens X ``(batch, N, dim)``, semantic tokens S ``(batch, M, dim)`` in raster
-order of an s_h x s_w grid. Prefix tokens (class, registers, distillation) bypass the pooling and lead both streams when they are
-kept. No source of STViT on a plain ViT was published; the departures that spec and code make are named where they happen.
+Shapes: images ``(batch, channels, height, width)``, image tokens X ``(batch, N, dim)``, semantic tokens S ``(batch, M,
+dim)`` in raster order of an s_h x s_w grid. Prefix tokens (class, registers, distillation) bypass the pooling and lead
+both streams when they are kept. No source of STViT on a plain ViT was published; the departures that spec and code make
+are named where they happen.
 """
 
 import copy
 import math
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchDropout
 from timm.models import checkpoint
-from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from sparing.kernels import attention_weights
-from sparing.vision.semantic_pooling import POOLINGS, WeightedPooling, axis_cells, make_pooling
-from sparing.vision.split_attention import attend, project_keys_values, project_queries
-from sparing.vision.vit_hosts import (
-    adopt,
-    build_vit,
+from sparing.vision.semantic_pooling import POOLINGS, axis_cells, make_pooling
+from sparing.vision.semantic_trace import SemanticTrace, gathered_regions, trace
+from sparing.vision.split_attention import cross_block
+from sparing.vision.vit_contracts import (
     check_images,
-    check_vit,
-    describe_vit,
-    drop_prefix_tokens,
-    model_name,
+    check_output_format,
+    pack_intermediates,
+    refuse_masks,
+    take_indices,
 )
+from sparing.vision.vit_hosts import adopt, build_vit, check_vit, describe_vit, drop_prefix_tokens, model_name
 from sparing.zoo.twins import Status, Twin
 
-__all__ = ["SemanticTokenViT", "SemanticTrace", "cross_block"]
+__all__ = ["SemanticTokenViT", "SemanticTokenViTDistilled"]
 
 NumTokens = int | tuple[int, int] | Literal["all"] | None
 # Names of what the twin adds to its host's parameters.
 _OWN = ("center_pooling", "global_centers")
-
-
-def cross_block(block: Block, query: Tensor, key_value: Tensor) -> Tensor:
-    """A timm block whose queries come from one stream and keys and values from another (paper eq. 1).
-
-    With equal streams it computes what the block computes. Both streams pass the same first norm; whatever the block has (query and
-    key norms, scale norm, gate, LayerScale, drop path, dropouts) is used.
-
-    Args:
-        block: the live block.
-        query: (batch, queries, dim), also the residual.
-        key_value: (batch, keys, dim).
-
-    Returns:
-        (batch, queries, dim)
-    """
-    stream = block.norm1(query)
-    keys, values = project_keys_values(block.attn, block.norm1(key_value))
-    attended = attend(block.attn, stream, project_queries(block.attn, stream), keys, values)
-    query = query + block.drop_path1(block.ls1(attended))
-    return query + block.drop_path2(block.ls2(block.mlp(block.norm2(query))))
-
-
-class SemanticTrace(NamedTuple):
-    """What happens inside one forward pass (``SemanticTokenViT.trace``).
-
-    ``embedded`` and ``base`` are (batch, prefix + N, dim) before the first block and after the base module; ``pool_weights`` (batch, M,
-    positions of a cell), None without weighted pooling; ``centers`` P and each of ``semantic`` (one a generation layer) are (batch,
-    M, dim) without prefix tokens; each of ``attention`` is (batch, heads, prefix + M, keys), the keys being the prefix tokens,
-    from the second layer on the M semantic tokens, then the N image tokens; ``tokens`` (batch, prefix + M, dim) before the last norm.
-    """
-
-    embedded: Tensor
-    base: Tensor
-    pool_weights: Tensor | None
-    centers: Tensor
-    semantic: list[Tensor]
-    attention: list[Tensor]
-    tokens: Tensor
 
 
 class SemanticTokenViT(Twin, VisionTransformer):
@@ -95,8 +56,8 @@ class SemanticTokenViT(Twin, VisionTransformer):
 
     Args:
         host: a timm ``VisionTransformer`` (``VisionTransformerDistilled`` for the subclass below).
-        num_tokens: semantic tokens: a square number, (rows, columns), None for round(4 * grid / 14) a side, or 'all' to keep every token
-            (the host's own computation).
+        num_tokens: semantic tokens: a square number, (rows, columns), None for round(4 * grid / 14) a side, or 'all' to
+            keep every token (the host's own computation).
         base_depth: layers before the generation; None: a third of them.
         generation_depth: layers of the STGM; the paper's is 2.
         pooling: first centers: 'weighted' (paper), 'avg' or 'max'.
@@ -130,13 +91,13 @@ class SemanticTokenViT(Twin, VisionTransformer):
         base = depth // 3 if base_depth is None else base_depth
         if centers is not None and (base < 0 or generation_depth < 1 or base + generation_depth >= depth):
             raise ValueError(
-                f"base_depth {base} + generation_depth {generation_depth} leaves no semantic layer of the host's {depth}; "
-                f"base_depth >= 0, generation_depth >= 1 and a sum below {depth} are accepted"
+                f"base_depth {base} + generation_depth {generation_depth} leaves no semantic layer of the "
+                f"host's {depth}; base_depth >= 0, generation_depth >= 1 and a sum below {depth} are accepted"
             )
         if centers is not None and isinstance(host.patch_drop, PatchDropout) and host.patch_drop.prob > 0:
             raise ValueError(
-                f"{model_name(host)} drops patches in training (patch_drop_rate {host.patch_drop.prob}); semantic tokens are "
-                "pooled from the full grid: set host.patch_drop = nn.Identity()"
+                f"{model_name(host)} drops patches in training (patch_drop_rate {host.patch_drop.prob}); semantic "
+                "tokens are pooled from the full grid: set host.patch_drop = nn.Identity()"
             )
         adopt(self, host)
         self.status: Status = "exact" if centers is None else "converted, not trained"
@@ -178,8 +139,7 @@ class SemanticTokenViT(Twin, VisionTransformer):
             ValueError: a knob does not fit the host.
         """
         check_vit(host, method="stvit")
-        twin = _twin_class(host)(copy.deepcopy(host), **knobs)
-        return twin  # type: ignore[return-value]
+        return _twin_class(host)(copy.deepcopy(host), **knobs)
 
     @classmethod
     def why_not(cls, host: nn.Module) -> list[str]:
@@ -216,7 +176,7 @@ class SemanticTokenViT(Twin, VisionTransformer):
         return twin  # type: ignore[return-value]
 
     def reset_semantic_parameters(self, *, from_scratch: bool = False) -> None:
-        """Fresh pooling and global centers. Beside a pretrained host the pooling starts as the plain mean of each cell."""
+        """Fresh pooling and global centers; the pooling starts as the plain mean unless ``from_scratch``."""
         if isinstance(self.center_pooling, nn.Module) and hasattr(self.center_pooling, "reset_parameters"):
             self.center_pooling.reset_parameters(from_scratch=from_scratch)
         if self.global_centers is not None:
@@ -226,10 +186,9 @@ class SemanticTokenViT(Twin, VisionTransformer):
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images (batch, channels, height, width) -> tokens after the last norm (batch, prefix + M, dim)."""
-        if attn_mask is not None or is_causal:
-            raise ValueError("semantic tokens take no attn_mask or is_causal: they have no positions of the input grid")
+        refuse_masks(attn_mask, is_causal)
         grid = check_images(self, x)
-        tokens, _ = self._blocks(self._embed(x), grid)
+        tokens, _ = self._blocks(self.embed(x), grid)
         return self.norm(tokens)
 
     def forward_intermediates(
@@ -264,84 +223,45 @@ class SemanticTokenViT(Twin, VisionTransformer):
         Raises:
             ValueError: another format, a mask, or ``full_resolution`` for a block that has semantic tokens only.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt {output_fmt!r} is unknown; 'NCHW' and 'NLC' are accepted")
-        if attn_mask is not None or is_causal:
-            raise ValueError("semantic tokens take no attn_mask or is_causal: they have no positions of the input grid")
-        take, last = feature_take_indices(len(self.blocks), indices)
+        check_output_format(output_fmt)
+        refuse_masks(attn_mask, is_causal)
+        take = take_indices(len(self.blocks), indices)
+        last = max(take)
         if full_resolution and last >= self.base_depth:
             raise ValueError(
-                f"block {last} holds {self.semantic_grid} semantic tokens, not the image's grid: full resolution ends with block "
-                f"{self.base_depth - 1}; STViT-R restores it"
+                f"block {last} holds {self.semantic_grid} semantic tokens, not the image's grid: full resolution ends "
+                f"with block {self.base_depth - 1}; STViT-R restores it"
             )
         grid = check_images(self, x)
-        tokens, taken = self._blocks(self._embed(x), grid, take=take, stop=last + 1 if stop_early else None)
-        maps = [self.norm(taken[i]) if norm else taken[i] for i in take]
-        prefix = [m[:, : self.num_prefix_tokens] for m in maps]
-        maps = [m[:, self.num_prefix_tokens :] for m in maps]
-        if output_fmt == "NCHW":
-            grids = [self.semantic_grid if self.semantic_grid is not None and i >= self.base_depth else grid for i in take]
-            maps = [m.transpose(1, 2).unflatten(2, g).contiguous() for m, g in zip(maps, grids)]
-        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
-        if output_dict:
-            result: dict[str, Any] = {"image_intermediates": maps}
-            if with_prefix:
-                result["image_intermediates_prefix"] = prefix
-            if not intermediates_only:
-                result["image_features"] = self.norm(tokens)
-            return result
-        out: list[Any] = list(zip(maps, prefix)) if with_prefix else maps
-        return out if intermediates_only else (self.norm(tokens), out)
+        tokens, taken = self._blocks(self.embed(x), grid, take=take, stop=last + 1 if stop_early else None)
+        semantic = self.semantic_grid or grid
+        return pack_intermediates(
+            [self.norm(taken[i]) if norm else taken[i] for i in take],
+            [grid if i < self.base_depth else semantic for i in take],
+            None if intermediates_only else self.norm(tokens),
+            num_prefix=self.num_prefix_tokens,
+            output_fmt=output_fmt,
+            return_prefix_tokens=return_prefix_tokens,
+            output_dict=output_dict,
+        )
 
     def trace(self, images: Tensor) -> SemanticTrace:
-        """Runs the generation step by step and returns its tensors, attention maps included (computed without fused kernels)."""
-        if self.semantic_grid is None:
-            raise ValueError("num_tokens='all' generates no semantic tokens: there is nothing to trace")
-        grid = check_images(self, images)
-        embedded = self._embed(images)
-        base = self._blocks(embedded, grid, stop=self.base_depth)[0]
-        prefix = self.num_prefix_tokens
-        image = base[:, prefix:]
-        weighted = getattr(self.center_pooling, "pooling", self.center_pooling)
-        weights = weighted.pool(image, grid)[1] if isinstance(weighted, WeightedPooling) else None
-        query, keys, maps, semantic = self._first_streams(base, image, grid), base, [], []
-        centers = query[:, prefix:]
-        for step in range(self.generation_depth):
-            block = self.blocks[self.base_depth + step]
-            if step > 0:
-                query, keys = self._next_streams(semantic_tokens, image, step)
-            maps.append(
-                attention_weights(
-                    project_queries(block.attn, block.norm1(query)),
-                    project_keys_values(block.attn, block.norm1(keys))[0],
-                    scale=block.attn.scale,
-                )
-            )
-            semantic_tokens = cross_block(block, query, keys)
-            semantic.append(semantic_tokens[:, prefix:])
-        tokens = semantic_tokens
-        for block in self.blocks[self.base_depth + self.generation_depth :]:
-            tokens = block(tokens)
-        return SemanticTrace(embedded, base, weights, centers, semantic, maps, tokens)
+        """One forward pass step by step, with all its tensors; see ``SemanticTrace``."""
+        return trace(self, images)
 
     def attention_maps(self, images: Tensor) -> list[Tensor]:
-        """Attention of every generation layer: (batch, heads, prefix + M, keys); see ``SemanticTrace`` for the order of keys."""
-        return self.trace(images).attention
+        """Attention of every generation layer: (batch, heads, prefix + M, keys), keys as ``SemanticTrace`` says."""
+        return trace(self, images).attention
 
     def gathered_regions(self, images: Tensor) -> Tensor:
-        """Which image tokens each semantic token gathers: (batch, M, rows, columns), each map summing to 1.
+        """Which image tokens each semantic token gathers: (batch, M, rows, columns), each map summing to 1."""
+        return gathered_regions(self, images)
 
-        The attention of the last generation layer to the image tokens, mean over heads. It is what the layer reads from the image; what the residual
-        stream carried from the pooling is not in it.
-        """
-        grid = check_images(self, images)
-        last = self.trace(images).attention[-1].mean(1)[:, self.num_prefix_tokens :, -math.prod(grid) :]
-        return (last / last.sum(-1, keepdim=True)).unflatten(2, grid)
-
-    def _embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor) -> Tensor:
+        """Images -> tokens before the first block (batch, prefix + N, dim), by timm's own embedding."""
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
 
-    def _first_streams(self, tokens: Tensor, image: Tensor, grid: tuple[int, int]) -> Tensor:
+    def first_queries(self, tokens: Tensor, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """Queries of the first generation layer: prefix tokens, then the pooled centers P. Its keys are all tokens."""
         assert self.center_pooling is not None
         centers = self.center_pooling(image, grid)
@@ -349,8 +269,10 @@ class SemanticTokenViT(Twin, VisionTransformer):
             return centers
         return torch.cat([tokens[:, : self.num_prefix_tokens], centers], dim=1)
 
-    def _next_streams(self, semantic: Tensor, image: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Queries and keys of generation layer ``step`` > 0: S (+ G in the second layer), and [prefix, S, X] without G (eq. 2)."""
+    def next_streams(self, semantic: Tensor, image: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Queries and keys of generation layer ``step`` > 0: S (+ G in the second layer), and [prefix, S, X] without G
+        (eq. 2).
+        """
         query = semantic
         if step == 1:
             assert self.global_centers is not None
@@ -373,9 +295,9 @@ class SemanticTokenViT(Twin, VisionTransformer):
                 run = partial(cross_block, block)
                 if step == 0:
                     image = tokens[:, self.num_prefix_tokens :]
-                    streams = (self._first_streams(tokens, image, grid), tokens)
+                    streams = (self.first_queries(tokens, image, grid), tokens)
                 else:
-                    streams = self._next_streams(tokens, image, step)
+                    streams = self.next_streams(tokens, image, step)
             tokens = checkpoint(run, *streams) if saves else run(*streams)
             if index in wanted:
                 taken[index] = tokens
@@ -421,7 +343,9 @@ class SemanticTokenViT(Twin, VisionTransformer):
         return take
 
     def _update_feature_info(self) -> None:
-        """Reduction of every block's map: the patch size before the generation, image size over semantic grid behind it."""
+        """Reduction of every block's map: the patch size before the generation, image size over semantic grid behind
+        it.
+        """
         patch = self.patch_embed.feat_ratio()
         reduction: float = patch
         if self.semantic_grid is not None:
@@ -429,7 +353,11 @@ class SemanticTokenViT(Twin, VisionTransformer):
             reduction = max(height / self.semantic_grid[0], width / self.semantic_grid[1])
             reduction = int(reduction) if reduction == int(reduction) else reduction
         self.feature_info = [
-            {"module": f"blocks.{i}", "num_chs": self.embed_dim, "reduction": patch if i < self.base_depth else reduction}
+            {
+                "module": f"blocks.{i}",
+                "num_chs": self.embed_dim,
+                "reduction": patch if i < self.base_depth else reduction,
+            }
             for i in range(len(self.blocks))
         ]
 
@@ -456,8 +384,8 @@ def _keep_prefix(host: VisionTransformer, wanted: bool | None, *, everything: bo
         return everything or distilled or refined or host.global_pool in ("token", "")
     if not wanted and everything:
         raise ValueError(
-            f"num_tokens='all' is the host's own computation, of which {model_name(host)}'s {host.num_prefix_tokens} prefix "
-            "tokens are a part: keep_prefix=None or True is accepted"
+            f"num_tokens='all' is the host's own computation, of which {model_name(host)}'s {host.num_prefix_tokens} "
+            "prefix tokens are a part: keep_prefix=None or True is accepted"
         )
     if not wanted and (distilled or refined):
         raise ValueError(
@@ -479,7 +407,8 @@ def _center_grid(num_tokens: NumTokens, grid: tuple[int, int]) -> tuple[int, int
         rows = columns = math.isqrt(max(num_tokens, 0))
         if num_tokens < 1 or rows * columns != num_tokens:
             raise ValueError(
-                f"num_tokens {num_tokens} is not a perfect square; a square number, (rows, columns), None or 'all' is accepted"
+                f"num_tokens {num_tokens} is not a perfect square; "
+                "a square number, (rows, columns), None or 'all' is accepted"
             )
     elif isinstance(num_tokens, tuple | list) and len(num_tokens) == 2 and all(isinstance(n, int) for n in num_tokens):
         rows, columns = num_tokens

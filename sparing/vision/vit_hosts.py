@@ -1,9 +1,11 @@
-"""The hosts of the vision twins: which live timm ViTs can be converted, what they are made of, and how to build them again.
+"""The hosts of the vision twins: which live timm ViTs can be converted, what they are made of, and how to build them
+again.
 
 A twin keeps timm's parameter names and timm's contract because it *is* a timm ``VisionTransformer`` that took over the
 modules of (a copy of) its host. So that it can be saved and come back without the host, ``describe_vit`` reads every
-constructor argument off the live modules, builds a second model from them on the meta device and compares the two, module by
-module: type, settings, parameter names and shapes. What it cannot describe it refuses, naming the first difference.
+constructor argument off the live modules, builds a second model from them on the meta device and compares the two,
+module by module: type, settings, parameter names and shapes. What it cannot describe it refuses, naming the first
+difference.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,9 +17,16 @@ import torch
 from timm.layers import Attention, GluMlp, LayerScale, Mlp, PatchDropout, PatchEmbed, SwiGLU, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
-__all__ = ["adopt", "build_vit", "check_images", "check_vit", "describe_vit", "drop_prefix_tokens", "model_name"]
+__all__ = [
+    "adopt",
+    "build_vit",
+    "check_vit",
+    "describe_vit",
+    "drop_prefix_tokens",
+    "model_name",
+]
 
 VIT_CLASSES: dict[str, type[VisionTransformer]] = {
     "VisionTransformer": VisionTransformer,
@@ -35,7 +44,7 @@ _MLP_LAYERS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-# --- Which hosts ---------------------------------------------------------------------------------------------------------
+# --- Which hosts ------------------------------------------------------------------------------------------------------
 
 
 def model_name(model: nn.Module) -> str:
@@ -59,8 +68,8 @@ def check_vit(host: nn.Module, *, method: str) -> None:
     name = model_name(host)
     if type(host).__name__ in _ROTARY_CLASSES:
         raise NotImplementedError(
-            f"{method} does not handle {name} (class {type(host).__name__}): its blocks rotate queries and keys by their "
-            f"grid position, and merged or semantic tokens have none"
+            f"{method} does not handle {name} (class {type(host).__name__}): its blocks rotate queries and keys by "
+            f"their grid position, and merged or semantic tokens have none"
         )
     if not isinstance(host, VisionTransformer):
         raise TypeError(f"{method} takes a timm VisionTransformer, got {type(host).__name__} ({name})")
@@ -68,7 +77,8 @@ def check_vit(host: nn.Module, *, method: str) -> None:
     changed = [n for n in _COMPUTATION if getattr(type(host), n) is not getattr(base, n)]
     if changed:
         raise TypeError(
-            f"{method} takes a plain timm {base.__name__}; {type(host).__name__} ({name}) has its own {', '.join(changed)}"
+            f"{method} takes a plain timm {base.__name__}; {type(host).__name__} ({name}) has its own "
+            f"{', '.join(changed)}"
         )
     for index, block in enumerate(host.blocks):
         if type(block).forward is not Block.forward:
@@ -85,33 +95,7 @@ def check_vit(host: nn.Module, *, method: str) -> None:
         )
 
 
-def check_images(model: VisionTransformer, images: Tensor) -> tuple[int, int]:
-    """The token grid (rows, columns) of ``images`` (batch, channels, height, width).
-
-    Raises:
-        ValueError: wrong rank or channel count, or a size that this model does not take; the numbers are named.
-    """
-    if images.ndim != 4 or images.shape[1] != model.in_chans:
-        raise ValueError(
-            f"{type(model).__name__} takes images (batch, {model.in_chans}, height, width), got shape {tuple(images.shape)}"
-        )
-    embed = model.patch_embed
-    height, width = images.shape[-2:]
-    if getattr(embed, "strict_img_size", True) and embed.img_size is not None:
-        if (height, width) != tuple(embed.img_size):
-            raise ValueError(
-                f"this model is fixed to images of {embed.img_size[0]}x{embed.img_size[1]}, got {height}x{width}; resize "
-                f"them, call set_input_size, or build the host with dynamic_img_size=True"
-            )
-    elif not embed.dynamic_img_pad and (height % embed.patch_size[0] or width % embed.patch_size[1]):
-        raise ValueError(
-            f"image size {height}x{width} is not a multiple of the patch size {embed.patch_size[0]}x{embed.patch_size[1]}"
-        )
-    rows, columns = embed.dynamic_feat_size((height, width))
-    return rows, columns
-
-
-# --- Taking a host over --------------------------------------------------------------------------------------------------
+# --- Taking a host over -----------------------------------------------------------------------------------------------
 
 
 def adopt(twin: nn.Module, host: nn.Module) -> None:
@@ -141,7 +125,7 @@ def drop_prefix_tokens(vit: VisionTransformer) -> None:
         vit.global_pool = "avg"
 
 
-# --- Description and rebuilding ------------------------------------------------------------------------------------------
+# --- Description and rebuilding ---------------------------------------------------------------------------------------
 
 
 def describe_vit(vit: VisionTransformer, *, own: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -259,22 +243,27 @@ def _layer_name(layer: nn.Module) -> str:
 
 def _layer_class(name: str) -> type[nn.Module]:
     prefix, _, class_name = name.partition(".")
-    cls = getattr({"torch": nn, "timm": timm_layers}.get(prefix), class_name, None)
+    cls: Any = getattr({"torch": nn, "timm": timm_layers}.get(prefix), class_name, None)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ValueError(f"unknown layer {name!r}; expected torch.NAME or timm.NAME of a module class")
     return cls
 
 
 def _norm_spec(norm: nn.Module) -> dict[str, Any] | None:
-    return None if isinstance(norm, nn.Identity) else {"name": _layer_name(norm), "eps": float(getattr(norm, "eps", 1e-6))}
+    return (
+        None if isinstance(norm, nn.Identity) else {"name": _layer_name(norm), "eps": float(getattr(norm, "eps", 1e-6))}
+    )
 
 
 def _norm_from(spec: Mapping[str, Any] | None) -> Callable[..., nn.Module] | None:
-    return None if spec is None else partial(_layer_class(spec["name"]), eps=spec["eps"])
+    if spec is None:
+        return None
+    layer: Callable[..., nn.Module] = _layer_class(spec["name"])
+    return partial(layer, eps=spec["eps"])
 
 
 def _first_difference(live: nn.Module, rebuilt: nn.Module, own: tuple[str, ...]) -> str:
-    """Empty when ``rebuilt`` has the modules, settings and parameters of ``live``; else the first difference in words."""
+    """Empty when ``rebuilt`` has the modules, settings and parameters of ``live``, else the first difference."""
 
     def is_host(name: str) -> bool:
         return name.split(".")[0] not in own

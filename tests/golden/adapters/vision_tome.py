@@ -1,0 +1,48 @@
+"""Golden cases of token merging: one subcase for each entry of ``config.cases``."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from golden.adapters import vision_described as described
+from golden.harness import Case, CaseFile
+from sparing.vision.tome import match_tokens
+
+
+def cases(case_file: CaseFile) -> Iterable[Case]:
+    outputs = described.outputs_by_role(case_file)
+    for entry in case_file.spec["config"]["cases"]:
+        names = [name for name, (_, args) in outputs.items() if args["case"] == entry["name"]]
+        yield Case(
+            f"{case_file.folder}/{case_file.name}[{entry['name']}]",
+            case_file.spec["model"],
+            entry,
+            {},
+            described.inputs(case_file),
+            described.expected(case_file, names),
+            {"roles": {name: outputs[name] for name in names}},
+        )
+
+
+def build(case: Case) -> dict[str, Tensor]:
+    x, metric = case.inputs["tokens"], case.inputs["metric"]
+    batch, tokens, _ = x.shape
+    merge = match_tokens(metric, case.config["r"], protected=case.config["class_token"] + case.config["distill_token"])
+    assert merge is not None
+    assert merge.merged.shape[1] == case.config["r_effective"]
+    merged, size = merge.mean(x, x.new_ones(batch, tokens, 1))
+    start = torch.arange(1, tokens + 1, dtype=x.dtype)[None, :, None].expand(batch, tokens, 1)
+    merged_weighted, size_weighted = merge.mean(x, start)
+    by_role = {
+        "merged": merged,
+        "size": size,
+        "merged_weighted": merged_weighted,
+        "size_weighted": size_weighted,
+        "source": merge.sum(torch.eye(tokens).expand(batch, tokens, tokens)),
+        "unmerged": merge.unmerge(merged),
+    }
+    return {name: by_role[role] for name, (role, _) in case.options["roles"].items()}
+
+
+BUILDERS = {"tome_bipartite_merge": build}
