@@ -1,1 +1,7 @@
+"""Vision: STViT and ToMe twins of timm ViTs. Importing this package registers their names with timm."""
 
+from sparing.vision import vit_twins as _vit_twins
+from sparing.vision.stvit import SemanticTokenViT
+from sparing.vision.tome import TokenMergingViT
+
+__all__ = ["SemanticTokenViT", "TokenMergingViT"]

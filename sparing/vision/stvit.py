@@ -113,6 +113,7 @@ class SemanticTokenViT(Twin, VisionTransformer):
             "inter_window": inter_window,
         }
         config = getattr(host, "pretrained_cfg", None) or {}
+        self.host_name = model_name(host)
         self.license = {"code": "apache-2.0", "weights": config.get("license"), "data": None}
         if not keep and self.num_prefix_tokens:
             drop_prefix_tokens(self)
@@ -161,7 +162,7 @@ class SemanticTokenViT(Twin, VisionTransformer):
         Raises:
             ValueError: the modules differ from what timm's constructor builds; the first difference is named.
         """
-        return {"knobs": self.knobs, "host": {"name": model_name(self), **describe_vit(self, own=_OWN)}}
+        return {"knobs": self.knobs, "host": {"name": self.host_name, **describe_vit(self, own=_OWN)}}
 
     @classmethod
     def from_twin_config(cls, config: dict[str, Any]) -> Self:
@@ -173,6 +174,7 @@ class SemanticTokenViT(Twin, VisionTransformer):
         host.pretrained_cfg = host.default_cfg = dict(config.get("pretrained_cfg") or {})
         twin = _twin_class(host)(host, **knobs)
         twin.license = config.get("license") or twin.license
+        twin.host_name = config["host"].get("name", twin.host_name)
         return twin  # type: ignore[return-value]
 
     def reset_semantic_parameters(self, *, from_scratch: bool = False) -> None:

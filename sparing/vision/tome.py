@@ -212,6 +212,7 @@ class TokenMergingViT(Twin, VisionTransformer):
         rates = merge_schedule(r, len(host.blocks))
         adopt(self, host)
         config = getattr(host, "pretrained_cfg", None) or {}
+        self.host_name = model_name(host)
         self.license = {"code": "apache-2.0", "weights": config.get("license"), "data": None}
         self.proportional_attention = proportional_attention
         self.rates = rates
@@ -258,7 +259,7 @@ class TokenMergingViT(Twin, VisionTransformer):
         Raises:
             ValueError: the modules differ from what timm's constructor builds; the first difference is named.
         """
-        return {"knobs": self.knobs, "host": {"name": model_name(self), **describe_vit(self)}}
+        return {"knobs": self.knobs, "host": {"name": self.host_name, **describe_vit(self)}}
 
     @classmethod
     def from_twin_config(cls, config: dict[str, Any]) -> Self:
@@ -267,6 +268,7 @@ class TokenMergingViT(Twin, VisionTransformer):
         host.pretrained_cfg = host.default_cfg = dict(config.get("pretrained_cfg") or {})
         twin = _twin_class(host)(host, **config["knobs"])
         twin.license = config.get("license") or twin.license
+        twin.host_name = config["host"].get("name", twin.host_name)
         return twin  # type: ignore[return-value]
 
     # --- Forward ---
