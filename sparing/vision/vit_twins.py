@@ -1,9 +1,10 @@
-"""Entry points of STViT and ToMe twins of timm ViTs: ``stvit_<host>`` and ``tome_<host>``, registered here and with timm.
+"""Entry points of STViT and ToMe twins of timm ViTs: ``stvit_<host>`` and ``tome_<host>``, registered here and with
+timm.
 
 ``sparing.create_model('stvit_deit_small_patch16_224', num_tokens=16)`` or, once ``sparing.vision`` is imported,
-``timm.create_model`` with the same name. Keywords that are no knobs of the method go to timm's own entry point of the host
-(``num_classes``, ``img_size``, ``drop_path_rate``, ...); ``host_pretrained=True`` starts from the host's published weights, and
-``features_only=True`` gives timm's feature extractor.
+``timm.create_model`` with the same name. Keywords that are no knobs of the method go to timm's own entry point of the
+host (``num_classes``, ``img_size``, ``drop_path_rate``, ...); ``host_pretrained=True`` starts from the host's published
+weights, and ``features_only=True`` gives timm's feature extractor.
 """
 
 import inspect

@@ -44,7 +44,10 @@ class Entry:
 MODELS: dict[str, Entry] = {}
 
 # method -> 'module:Class'; the class meets the contract of sparing.zoo.twins.Twin
-METHODS: dict[str, str] = {}
+METHODS: dict[str, str] = {
+    "stvit": "sparing.vision.stvit:SemanticTokenViT",
+    "tome": "sparing.vision.tome:TokenMergingViT",
+}
 
 # diffusers-style class name (`_class_name` in config.json) -> 'module:Class'
 CLASSES: dict[str, str] = {}
@@ -108,3 +111,54 @@ _add(
     demo=True,
     notes="Fashion-MNIST, 28 x 28 grey",
 )
+
+_IMAGENET = "ImageNet (terms of access: non-commercial research)"
+_LAION = f"LAION-2B and {_IMAGENET}"
+_WEBLI = "undisclosed (WebLI)"
+_LVD = "undisclosed (LVD-142M)"
+# timm host -> parameters of its STViT and of its ToMe twin, task, data of the host's published weights
+_VIT_HOSTS: dict[str, tuple[int, int, str, str]] = {
+    "deit_tiny_patch16_224": (5_722_984, 5_717_416, "image-classification", _IMAGENET),
+    "deit_small_patch16_224": (22_061_800, 22_050_664, "image-classification", _IMAGENET),
+    "deit_base_patch16_224": (86_589_928, 86_567_656, "image-classification", _IMAGENET),
+    "deit_base_patch16_384": (86_907_112, 86_859_496, "image-classification", _IMAGENET),
+    "deit_tiny_distilled_patch16_224": (5_916_368, 5_910_800, "image-classification", _IMAGENET),
+    "deit_small_distilled_patch16_224": (22_447_568, 22_436_432, "image-classification", _IMAGENET),
+    "deit_base_distilled_patch16_224": (87_360_464, 87_338_192, "image-classification", _IMAGENET),
+    "deit3_small_patch16_224": (22_070_632, 22_059_496, "image-classification", _IMAGENET),
+    "deit3_small_patch16_384": (22_229_224, 22_205_416, "image-classification", _IMAGENET),
+    "deit3_base_patch16_224": (86_607_592, 86_585_320, "image-classification", _IMAGENET),
+    "deit3_base_patch16_384": (86_924_776, 86_877_160, "image-classification", _IMAGENET),
+    "deit3_large_patch16_224": (304_404_456, 304_374_760, "image-classification", _IMAGENET),
+    "vit_small_patch16_224": (22_061_800, 22_050_664, "image-classification", _IMAGENET),
+    "vit_small_patch16_384": (22_220_392, 22_196_584, "image-classification", _IMAGENET),
+    "vit_base_patch16_224": (86_589_928, 86_567_656, "image-classification", _IMAGENET),
+    "vit_base_patch16_384": (86_907_112, 86_859_496, "image-classification", _IMAGENET),
+    "vit_large_patch16_224": (304_356_328, 304_326_632, "image-classification", _IMAGENET),
+    "vit_large_patch16_384": (304_779_240, 304_715_752, "image-classification", _IMAGENET),
+    "vit_base_patch16_clip_224": (86_590_696, 86_568_424, "image-classification", _LAION),
+    "vit_base_patch16_clip_384": (86_907_880, 86_860_264, "image-classification", _LAION),
+    "vit_large_patch14_clip_224": (304_243_688, 304_204_776, "image-classification", _LAION),
+    "vit_base_patch16_siglip_224": (92_906_496, 92_884_224, "image-features", _WEBLI),
+    "vit_base_patch16_siglip_384": (93_223_680, 93_176_064, "image-features", _WEBLI),
+    "vit_large_patch16_siglip_256": (315_995_136, 315_956_224, "image-features", _WEBLI),
+    "vit_so400m_patch14_siglip_384": (428_314_304, 428_225_600, "image-features", _WEBLI),
+    "vit_so150m_patch16_reg4_gap_256": (134_158_440, 134_131_560, "image-classification", _IMAGENET),
+    "vit_small_patch14_dinov2": (22_107_648, 22_056_192, "image-features", _LVD),
+    "vit_base_patch14_dinov2": (86_682_624, 86_579_712, "image-features", _LVD),
+    "vit_large_patch14_dinov2": (304_504_832, 304_367_616, "image-features", _LVD),
+    "vit_small_patch14_reg4_dinov2": (22_108_800, 22_057_344, "image-features", _LVD),
+    "vit_base_patch14_reg4_dinov2": (86_684_928, 86_582_016, "image-features", _LVD),
+    "vit_large_patch14_reg4_dinov2": (304_507_904, 304_370_688, "image-features", _LVD),
+}
+for _column, _method in enumerate(("stvit", "tome")):
+    for _host, _row in _VIT_HOSTS.items():
+        _add(
+            "sparing.vision.vit_twins",
+            _row[2],
+            _method,
+            {f"{_method}_{_host}": {"host": f"timm/{_host}", "params": _row[_column]}},
+            license_weights="apache-2.0",
+            license_data=_row[3],
+            derived_from=f"timm/{_host}",
+        )

@@ -1,4 +1,6 @@
-"""Golden cases of the vision family: one module a group of kinds; a case file belongs to the group that builds its ``model``."""
+"""Golden cases of the vision family: one module a group of kinds; a case file belongs to the group that builds its
+``model``.
+"""
 
 from collections.abc import Callable, Iterable
 

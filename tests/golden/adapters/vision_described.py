@@ -11,7 +11,9 @@ def expected(case_file: CaseFile, names: list[str] | None = None) -> dict[str, E
     """The described outputs (those in ``names``, or all) with their tolerances."""
     outputs = case_file.spec["outputs"]
     return {
-        name: Expected(case_file.tensors[name], atol=outputs[name].get("atol", 0.0), rtol=outputs[name].get("rtol", 0.0))
+        name: Expected(
+            case_file.tensors[name], atol=outputs[name].get("atol", 0.0), rtol=outputs[name].get("rtol", 0.0)
+        )
         for name in (outputs if names is None else names)
     }
 

@@ -66,7 +66,9 @@ def host_and_new_weights(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor],
         elif key == "pool.gen_mask.3.weight":
             new["center_pooling.logit.weight"] = value.flatten(1)
         elif ".attn.q." in key:
-            host[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat([value, weights[key.replace(".attn.q.", ".attn.kv.")]])
+            host[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(
+                [value, weights[key.replace(".attn.q.", ".attn.kv.")]]
+            )
         elif ".attn.kv." not in key:
             head, _, tail = key.rpartition(".")
             host[f"{head}.{names[tail]}" if tail in names else key] = value
