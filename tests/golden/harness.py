@@ -3,8 +3,8 @@
 A golden directory is laid out ``DIR/<folder>/<case>.json`` beside ``<case>.safetensors``. One adapter module per folder
 (``tests/golden/adapters/<folder>.py``) offers
 
-* ``cases(case_file: CaseFile) -> Iterable[Case]``: turns one described file into cases (a file may hold many subcases, and a
-  subcase may be yielded once per backend and dtype);
+* ``cases(case_file: CaseFile) -> Iterable[Case]``: turns one described file into cases (a file may hold many subcases,
+  and a subcase may be yielded once per backend and dtype);
 * ``BUILDERS: dict[str, Callable[[Case], dict[str, Tensor]]]``: for each ``kind`` a function that builds the model from
   ``case.config`` and ``case.weights``, runs it on ``case.inputs`` and returns every name in ``case.expected``.
 
@@ -40,8 +40,8 @@ class Expected:
     """A reference tensor and how near a result must come to it.
 
     ``norm_rtol`` compares ``||a - ref|| <= norm_rtol * ||ref||`` over finite elements (absolute ``norm_floor`` when the
-    reference is smaller than that); otherwise ``|a - ref| <= atol + rtol * |ref|`` element by element. Integers and booleans
-    are compared exactly, infinities by position. ``where`` restricts the comparison to elements that are True.
+    reference is smaller than that); otherwise ``|a - ref| <= atol + rtol * |ref|`` element by element. Integers and
+    booleans are compared exactly, infinities by position. ``where`` restricts the comparison to elements that are True.
     """
 
     tensor: Tensor
@@ -67,7 +67,7 @@ class Case:
 
 @dataclass(frozen=True)
 class CaseFile:
-    """A described golden file: ``spec`` is its JSON, ``tensors`` reads the safetensors beside it (once, on first use)."""
+    """A described golden file: ``spec`` is its JSON, ``tensors`` reads the safetensors beside it, on first use."""
 
     path: Path
     spec: dict[str, Any]
