@@ -1,1 +1,30 @@
+"""Diffusion: FlexDiT for class-conditional, text-to-image and video hosts; noise search. Names resolve on first use."""
 
+import importlib
+from typing import Any
+
+# public name -> module (below sparing.diffusion) that defines it
+_HOMES = {
+    "DensityTable": "density",
+    "DensityTimestepSampler": "density",
+    "DiffusionProcess": "losses",
+    "FlexDiTPipeline": "pipelines",
+    "FlexDiTTransformer2DModel": "flexdit",
+    "RespacedScheduler": "respaced",
+    "guided": "pipelines",
+    "training_losses": "losses",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

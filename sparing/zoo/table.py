@@ -162,3 +162,38 @@ for _column, _method in enumerate(("stvit", "tome")):
             license_data=_row[3],
             derived_from=f"timm/{_host}",
         )
+
+# -- diffusion: FlexDiT. Only DiT-XL/2 is published as a dense host (its weights: CC-BY-NC); no FlexDiT weights are.
+_XL = {"license_weights": "cc-by-nc-4.0", "license_data": _IMAGENET}
+_add(
+    "sparing.diffusion.flexdit_zoo",
+    "class-conditional-generation",
+    "flexdit",
+    {
+        "flexdit_s_2_256": {"params": 33160736},
+        "flexdit_s_2_512": {"params": 33160736},
+        "flexdit_b_2_256": {"params": 131496992},
+        "flexdit_b_2_512": {"params": 131496992},
+        "flexdit_l_2_256": {"params": 459939872},
+        "flexdit_l_2_512": {"params": 459939872},
+        "flexdit_xl_2_256": {
+            "params": 682804256,
+            "host": "facebook/DiT-XL-2-256",
+            "derived_from": "facebook/DiT-XL-2-256",
+            **_XL,
+        },
+        "flexdit_xl_2_512": {
+            "params": 680147744,
+            "host": "facebook/DiT-XL-2-512",
+            "derived_from": "facebook/DiT-XL-2-512",
+            **_XL,
+        },
+    },
+    loader="keys only",
+)
+METHODS["flexdit"] = "sparing.diffusion.flexdit:FlexDiTTransformer2DModel"
+CLASSES["FlexDiTTransformer2DModel"] = METHODS["flexdit"]
+PAPERS["flexdit"] = (
+    "Chang et al., SparseDiT: Token Sparsification for Efficient Diffusion Transformer (first version: FlexDiT), "
+    "NeurIPS 2025 (arXiv:2412.06028)"
+)

@@ -28,7 +28,6 @@ from torch import Tensor
 NOT_YET: dict[str, str] = {
     "albef_evilm": "ALBEF and E-ViLM",
     "continual": "Continual inference",
-    "flexdit": "FlexDiT",
     "genau_autocap": "GenAu and AutoCap",
     "mue": "MuE early exiting",
     "noise_search": "Diffusion noise search",

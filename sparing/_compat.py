@@ -1,0 +1,37 @@
+"""The only file that touches private or experimental names of the libraries we stand on.
+
+Every function has a test in ``tests/test_compat*.py`` that names the upstream version it was checked with. Nothing is
+imported before it is used.
+"""
+
+from typing import Any
+
+# -- diffusers (tests/diffusion/test_compat_diffusers.py)
+
+
+def register_cacheable_block(block_class: type) -> None:
+    """Tells diffusers' step caches that ``block_class.forward(hidden_states, ...)`` returns the new hidden states, one
+    tensor.
+    """
+    from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+    metadata = TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None)
+    TransformerBlockRegistry.register(model_class=block_class, metadata=metadata)
+
+
+def active_attention_backend() -> Any:
+    """The backend of diffusers' ``with attention_backend(...)`` or global default, None while it is the native one."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    backend, _ = _AttentionBackendRegistry.get_active_backend()
+    return None if backend == AttentionBackendName.NATIVE else backend
+
+
+def dispatch_attention(query: Any, key: Any, value: Any, *, attention_mask: Any = None, backend: Any = None) -> Any:
+    """diffusers' attention dispatcher on our layout: q, k, v ``(batch, heads, tokens, head_dim)``, additive mask."""
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    out = dispatch_attention_fn(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=attention_mask, backend=backend
+    )
+    return out.transpose(1, 2)
