@@ -102,6 +102,14 @@ def parse_device(text: str | None) -> Any:
 
 def make_twins(model: "nn.Module", texts: list[str] | None) -> "dict[str, nn.Module]":
     """A twin of ``model`` for every ``--twin``, under the text that asked for it."""
+    import torch
+
     import sparing
 
-    return {text: sparing.twin(model, method, **knobs) for text in texts or [] for method, knobs in [parse_twin(text)]}
+    twins = {}
+    for text in texts or []:
+        method, knobs = parse_twin(text)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # new parameters of a twin are the same ones in every run
+            twins[text] = sparing.twin(model, method, **knobs)
+    return twins

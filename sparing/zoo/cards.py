@@ -56,7 +56,10 @@ class ModelCard:
         return asdict(self)
 
     def __str__(self) -> str:
-        rows = [(key, value) for key, value in asdict(self).items() if key != "measured" and value not in (None, "")]
+        unknown = {"source": "none of its own", "method": "none: a host", "notes": "", "training": ""}
+        fields = {key: value for key, value in asdict(self).items() if key != "measured"}
+        rows = [(key, unknown.get(key, "not known") if value in (None, "") else value) for key, value in fields.items()]
+        rows = [(key, value) for key, value in rows if value != ""]
         rows += [(f"measured {key}", value) for key, value in self.measured.items()]
         width = max(len(key) for key, _ in rows)
         return "\n".join(

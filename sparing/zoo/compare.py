@@ -67,8 +67,10 @@ class Comparison:
     environment: dict[str, str]
 
     def table(self) -> str:
-        """The comparison as an aligned text table, one model a line, with its status."""
-        lines = [_HEADS, *(self._cells(row) for row in self.rows)]
+        """The comparison as an aligned text table, one model a line, with its status; empty columns are left out."""
+        rows = [self._cells(row) for row in self.rows]
+        filled = [i for i in range(len(_HEADS)) if any(cells[i] != "-" for cells in rows)]
+        lines = [[cells[i] for i in filled] for cells in (_HEADS, *rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         first = self.rows[0].profile
         where = f"{first.device}, {first.dtype}, batch {first.batch_size}"
@@ -233,7 +235,9 @@ def create_all(
         saved = is_saved_name(name)
         weights = not saved and (pretrained or (name in MODELS and MODELS[name].source is not None))
         unique = _unique(name, models)
-        models[unique] = create_model(name, pretrained=weights, dtype=dtype).to(device=device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # random weights are the same ones in every run
+            models[unique] = create_model(name, pretrained=weights, dtype=dtype).to(device=device)
         if not (weights or saved):
             random.add(unique)
     return models, random

@@ -82,7 +82,7 @@ def _timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
             raise
         raise ValueError(f"timm's {base!r} has no weights tagged {name.partition('.')[2]!r}") from error
     except OSError as error:
-        raise _needs_hub("timm", name) from error
+        raise needs_hub(f"timm/{name}") from error
 
 
 def _timm_folder(folder: Path, config: dict[str, Any]) -> nn.Module:
@@ -111,7 +111,7 @@ def _torchvision(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Modu
     try:
         return cast(nn.Module, models.get_model(name, weights="DEFAULT" if pretrained else None, **kwargs))
     except OSError as error:
-        raise _needs_hub("torchvision", name) from error
+        raise needs_hub(f"torchvision/{name}") from error
 
 
 def _open_clip(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
@@ -128,10 +128,9 @@ def _open_clip(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module
             nn.Module, open_clip.create_model(name, pretrained=tag or (tags[0] if pretrained else None), **kwargs)
         )
     except OSError as error:
-        raise _needs_hub("open_clip", name) from error
+        raise needs_hub(f"open_clip/{name}") from error
 
 
-def _needs_hub(library: str, name: str) -> ConnectionError:
-    return ConnectionError(
-        f"the weights of {library}/{name} are not in the local cache and cannot be downloaded (offline?)"
-    )
+def needs_hub(name: str) -> ConnectionError:
+    """The error of published weights that are neither in the cache nor to be had."""
+    return ConnectionError(f"the weights of {name} are not in the local cache and cannot be downloaded (offline?)")

@@ -175,6 +175,8 @@ def _entry_point(name: str) -> Callable[..., Any]:
 
 
 def _create_named(name: str, pretrained: bool, host_pretrained: bool, kwargs: dict[str, Any]) -> "nn.Module":
+    from sparing.zoo import hosts
+
     entry = find_entry(name)
     if host_pretrained:
         if entry.host is None:
@@ -187,7 +189,12 @@ def _create_named(name: str, pretrained: bool, host_pretrained: bool, kwargs: di
     build = _entry_point(name)
     if pretrained:
         return _build_pretrained(build.__wrapped__, name, kwargs)  # type: ignore[attr-defined]
-    return build(pretrained=False, **kwargs)
+    try:
+        return build(pretrained=False, **kwargs)
+    except OSError as error:
+        if host_pretrained:
+            raise hosts.needs_hub(str(entry.host)) from error
+        raise
 
 
 def _build_pretrained(function: Callable[..., Any], name: str, kwargs: dict[str, Any]) -> "nn.Module":

@@ -55,6 +55,26 @@ def test_weights_that_cannot_be_fetched_give_one_line(monkeypatch):
         sparing.create_model("timm/vit_tiny_patch16_224", pretrained=True)
 
 
+def test_a_twin_whose_hosts_weights_cannot_be_fetched_gives_one_line(monkeypatch):
+    def unreachable(*_args, **_kwargs):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", unreachable)
+    with pytest.raises(ConnectionError, match="the weights of timm/deit_tiny_patch16_224 are not in the local cache"):
+        sparing.create_model("tome_deit_tiny_patch16_224", host_pretrained=True)
+
+
+def test_a_folder_in_timms_layout_gives_the_model_with_its_preprocessing(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=3)
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.1, 0.2, 0.3)}
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    back = sparing.create_model(str(tmp_path))
+    assert not back.training
+    assert tuple(back.pretrained_cfg["mean"]) == (0.1, 0.2, 0.3)
+    assert all(torch.equal(value, back.state_dict()[key]) for key, value in model.state_dict().items())
+
+
 @pytest.fixture
 def tiny_dit(tmp_path):
     from diffusers import DiTTransformer2DModel

@@ -87,7 +87,8 @@ def test_listing_by_pattern_task_weights_and_licence(toy_zoo):
 def test_a_card_inherits_from_the_table(toy_zoo):
     card = sparing.model_card("toy_toy_host")
     assert (card.derived_from, card.license_weights, card.commercial()) == ("toy_host", "cc-by-nc-4.0", False)
-    assert "license_weights" in str(card)
+    assert "source           none of its own" in str(card)
+    assert "license_data     not known" in str(card)
     assert card.to_dict()["loader"] == "untested"
 
 

@@ -21,6 +21,14 @@ def test_the_table_lists_exactly_what_a_module_registers(module):
     assert set(registered(module)) == stated
 
 
+def test_importing_vision_makes_every_vision_name_timms():
+    timm = pytest.importorskip("timm")
+    importlib.import_module("sparing.vision")
+    names = {name.partition(".")[0] for name, entry in MODELS.items() if entry.module.startswith("sparing.vision")}
+    assert names
+    assert [name for name in sorted(names) if not timm.is_model(name)] == []
+
+
 def test_no_module_registers_names_that_the_table_does_not_know():
     for family in ("vision", "diffusion", "video_language", "audio", "continual"):
         if importlib.util.find_spec(f"sparing.{family}"):
