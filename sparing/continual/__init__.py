@@ -1,8 +1,10 @@
 """Continual inference: clip networks that run on live streams."""
 
+from sparing.continual.attention import RetroactiveAttention, SingleOutputAttention
 from sparing.continual.container import BroadcastReduce, Conditional, Residual, Sequential, named_sequential
 from sparing.continual.conv import Conv1d, Conv2d, Conv3d
 from sparing.continual.delay import Delay, Skip
+from sparing.continual.encoder import TransformerEncoder, encoder_filter_fn
 from sparing.continual.module import Continual, Plan, Stream
 from sparing.continual.per_frame import Flatten, LayerNorm, Linear, PerFrame, Softmax
 from sparing.continual.pool import (
@@ -17,9 +19,14 @@ from sparing.continual.pool import (
     MaxPool2d,
     MaxPool3d,
 )
+from sparing.continual.positional import RecyclingPositionalEncoding, cyclic_table
+from sparing.continual.recurrent import GRU, LSTM, RNN
 from sparing.continual.state import StreamState, gather, leaves, load_state, reset, save_state, scatter, state_bytes
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
     "AdaptiveAvgPool2d",
     "AdaptiveAvgPool3d",
     "AdaptiveMaxPool2d",
@@ -42,12 +49,18 @@ __all__ = [
     "MaxPool3d",
     "PerFrame",
     "Plan",
+    "RecyclingPositionalEncoding",
     "Residual",
+    "RetroactiveAttention",
     "Sequential",
+    "SingleOutputAttention",
     "Skip",
     "Softmax",
     "Stream",
     "StreamState",
+    "TransformerEncoder",
+    "cyclic_table",
+    "encoder_filter_fn",
     "gather",
     "leaves",
     "load_state",

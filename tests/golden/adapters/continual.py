@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from golden.harness import Case, CaseFile, Expected
 from sparing import continual as co
+from sparing.continual import oadtr
 
 
 def cases(case_file: CaseFile) -> Iterable[Case]:
@@ -73,18 +74,19 @@ def streamed(network: co.Continual, case: Case) -> dict[str, Tensor]:
     network.eval()
     x = case.inputs["input"]
     check_plan(network, case)
+    near = {"atol": max(1e-5, *(want.atol for want in case.expected.values())), "rtol": 1e-5}
     with torch.no_grad():
         out, valid = by_steps(network, x)
         lock, lock_valid = by_steps(network, x, lockstep=True)
         assert torch.equal(valid, lock_valid)
-        torch.testing.assert_close(lock, out, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lock, out, **near)
         results = {"step_out": out, "step_valid": valid}
         whole = by_chunks(network, x, x.shape[2], pad_end=True)
         for size in (1, 2, 3, 5, x.shape[2]):
             for lockstep in (True, False):
                 chunked = by_chunks(network, x, size, pad_end=False, lockstep=lockstep)
-                torch.testing.assert_close(chunked, out, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(by_chunks(network, x, size, pad_end=True), whole, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(chunked, out, **near)
+            torch.testing.assert_close(by_chunks(network, x, size, pad_end=True), whole, **near)
         results["steps_pad_end"] = whole
         return results
 
@@ -198,7 +200,98 @@ def container(case: Case) -> dict[str, Tensor]:
     return streamed(network, case) | {"forward": network(case.inputs["input"])}
 
 
+# ---- attention, encoders, positions
+
+
+def mha_single(case: Case) -> dict[str, Tensor]:
+    c = case.config
+    network = co.SingleOutputAttention(
+        c["embed_dim"], c["num_heads"], sequence_len=c["sequence_len"], query_index=c["query_index"], bias=c["bias"]
+    )
+    network.load_state_dict(case.weights)
+    results = streamed(network, case)
+    torch.testing.assert_close(network(case.inputs["input"]), results["step_out"], atol=2e-5, rtol=1e-5)
+    return results
+
+
+def mha_retroactive(case: Case) -> dict[str, Tensor]:
+    c = case.config
+    sizes = {"sequence_len": c["sequence_len"], "bias": c["bias"]}
+    network = co.RetroactiveAttention(c["embed_dim"], c["num_heads"], **sizes)
+    network.load_state_dict(case.weights)
+    results = streamed(network, case)
+    rows = co.RetroactiveAttention(c["embed_dim"], c["num_heads"], update="incremental", **sizes)
+    rows.load_state_dict(case.weights)
+    with torch.no_grad():
+        incremental, _ = by_steps(rows, case.inputs["input"])
+    torch.testing.assert_close(incremental, results["step_out"], atol=1e-4, rtol=1e-4)
+    return results | {"window_out": results["step_out"]}
+
+
+def encoder(case: Case) -> dict[str, Tensor]:
+    c = case.config
+    network = co.TransformerEncoder(
+        c["d_model"],
+        c["nhead"],
+        dim_feedforward=c["dim_feedforward"],
+        num_layers=c["num_layers"],
+        sequence_len=c["sequence_len"],
+        activation=c["activation"],
+        norm_first=c["norm_first"],
+        final_norm=c["final_norm"],
+        layer_norm_eps=c["layer_norm_eps"],
+    )
+    network.load_state_dict(co.encoder_filter_fn(case.weights, network))
+    results = streamed(network, case)
+    torch.testing.assert_close(network(case.inputs["input"]), results["step_out"], atol=2e-5, rtol=1e-5)
+    return results
+
+
+def recycling_positions(case: Case) -> dict[str, Tensor]:
+    c = case.config
+    network = co.RecyclingPositionalEncoding(
+        c["embed_dim"],
+        c["num_embeds"],
+        learned=c["learned"],
+        forward_update_index_steps=c["forward_update_index_steps"],
+    )
+    network.load_state_dict(case.weights)
+    results = streamed(network, case)
+    clip = case.inputs["input"][:, :, : c["clip_length"]]
+    return results | {"forward_first": network(clip), "forward_second": network(clip)}
+
+
+def cyclic_position_table(case: Case) -> dict[str, Tensor]:
+    c = case.config
+    return {"table": co.cyclic_table(c["num_embeds"], c["embed_dim"], smooth=c["smooth"])}
+
+
+def cooadtr(case: Case) -> dict[str, Tensor]:
+    c = case.config
+    network = oadtr.CoOadTR(
+        c["dim_feature"],
+        c["num_classes"],
+        embed_dim=c["embed_dim"],
+        num_heads=c["num_heads"],
+        mlp_dim=c["mlp_dim"],
+        num_layers=c["num_layers"],
+        sequence_len=c["sequence_len"],
+        num_embeds=c["num_embeds"],
+        activation=c["activation"],
+        layer_norm_eps=c["layer_norm_eps"],
+        in_proj_bias=c["in_proj_bias"],
+    )
+    network.load_state_dict(oadtr.checkpoint_filter_fn(case.weights, network))
+    return streamed(network, case)
+
+
 BUILDERS = {
+    "continual_mha_single_output": mha_single,
+    "continual_mha_retroactive": mha_retroactive,
+    "continual_encoder": encoder,
+    "recycling_positional_encoding": recycling_positions,
+    "cyclic_position_table": cyclic_position_table,
+    "cooadtr": cooadtr,
     "continual_conv": conv,
     "continual_pool": pool,
     "continual_adaptive_pool": adaptive_pool,
