@@ -197,3 +197,21 @@ PAPERS["flexdit"] = (
     "Chang et al., SparseDiT: Token Sparsification for Efficient Diffusion Transformer (first version: FlexDiT), "
     "NeurIPS 2025 (arXiv:2412.06028)"
 )
+
+# -- continual inference. Keys follow the published checkpoints; none of them could be loaded here.
+_add(
+    "sparing.continual.oadtr",
+    "online-action-detection",
+    "continual",
+    {
+        "co_oadtr_b1": {"params": 9469974},
+        "co_oadtr_b2": {"params": 15768598},
+        "co_oadtr_b3": {"params": 22067222, "loader": "untested", "notes": "deeper than any published network"},
+    },
+    loader="keys only",
+)
+_add("sparing.continual.oadtr", "audio-event-detection", "continual", {"co_audio_transformer": {"params": 613667}})
+PAPERS["continual"] = (
+    "Hedegaard and Iosifidis, Continual 3D Convolutional Neural Networks, ECCV 2022 (arXiv:2106.00050); Hedegaard et "
+    "al., Continual Transformers, ICLR 2023 (arXiv:2201.06268)"
+)
