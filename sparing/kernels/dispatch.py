@@ -140,6 +140,16 @@ def triton_here(device: torch.device) -> list[str]:
     return []
 
 
+def triton_attention_reasons(q: Tensor, v: Tensor, *, max_dim: int = 256) -> list[str]:
+    """Reasons that hold for every Triton attention kernel: dtype and head dims."""
+    reasons = []
+    if q.dtype == torch.float64 and not interpreting():
+        reasons.append("dtype float64 is served in the interpreter only; float32, bfloat16 and float16 are")
+    if max(q.shape[-1], v.shape[-1]) > max_dim:
+        reasons.append(f"head_dim {max(q.shape[-1], v.shape[-1])} is above {max_dim}")
+    return reasons
+
+
 def cuda_here(device: torch.device) -> list[str]:
     """Reasons why a CUDA-only library call cannot run on ``device``."""
     return [] if device.type == "cuda" else [f"needs CUDA, tensors are on {device.type}"]

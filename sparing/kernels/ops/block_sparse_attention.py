@@ -6,11 +6,12 @@ whose keys is computed gives out 0, lse -inf and no gradient.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparing.kernels.backends import flex, sdpa
 from sparing.kernels.block_map import BlockMap
-from sparing.kernels.dispatch import define_op, register_impl, run
+from sparing.kernels.dispatch import define_op, register_impl, run, triton_attention_reasons, triton_here
 from sparing.kernels.masks import check_qkv
 from sparing.kernels.ops.attention import explicit_attention
 
@@ -82,6 +83,100 @@ def _flex_reasons(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, **kwargs
     return reasons
 
 
+@torch.library.custom_op("sparing::block_sparse_attention_fwd", mutates_args=())
+def block_sparse_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_num: Tensor,
+    kv_idx: Tensor,
+    q_num: Tensor,
+    q_idx: Tensor,
+    block_q: int,
+    block_k: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """out and lse by the Triton kernels; ``q_num`` and ``q_idx`` are there for the backward."""
+    from sparing.kernels.triton import block_sparse_attention as kernels
+
+    return kernels.forward(q, k, v, kv_num, kv_idx, block_q=block_q, block_k=block_k, causal=causal, scale=scale)
+
+
+@block_sparse_attention_fwd.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=wide)
+
+
+@torch.library.custom_op("sparing::block_sparse_attention_bwd", mutates_args=())
+def block_sparse_attention_bwd(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kv_num: Tensor,
+    kv_idx: Tensor,
+    q_num: Tensor,
+    q_idx: Tensor,
+    block_q: int,
+    block_k: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v by the Triton kernels."""
+    from sparing.kernels.triton import block_sparse_attention as kernels
+
+    lists = (kv_num, kv_idx, q_num, q_idx)
+    return kernels.backward(
+        grad, q, k, v, out, lse, *lists, block_q=block_q, block_k=block_k, causal=causal, scale=scale
+    )
+
+
+@block_sparse_attention_bwd.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, block_q, block_k, causal, scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, out, lse)
+    ctx.options = (block_q, block_k, causal, scale)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 8
+    if grad is None:
+        return (None, None, None, *nothing)
+    q, k, v, kv_num, kv_idx, q_num, q_idx, out, lse = ctx.saved_tensors
+    grads = block_sparse_attention_bwd(grad, q, k, v, out, lse, kv_num, kv_idx, q_num, q_idx, *ctx.options)
+    return (*grads, *nothing)
+
+
+block_sparse_attention_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, *, causal: bool, scale: float, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    lists = (block_map.kv_num, block_map.kv_idx, block_map.q_num, block_map.q_idx)
+    out, lse = block_sparse_attention_fwd(q, k, v, *lists, block_map.block_q, block_map.block_k, causal, scale)
+    return (out, lse) if return_lse else out
+
+
+def _triton_reasons(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, **kwargs: Any) -> list[str]:
+    reasons = triton_attention_reasons(q, v)
+    for name, block in (("block_q", block_map.block_q), ("block_k", block_map.block_k)):
+        if block % 16:
+            reasons.append(f"{name} {block} is no multiple of 16")
+    return reasons
+
+
 def _order(q: Tensor, *args: Any, **kwargs: Any) -> tuple[str, ...]:
     return ("triton", "flex", "sdpa", "reference") if q.device.type == "cuda" else ("sdpa", "reference")
 
@@ -94,3 +189,4 @@ define_op(block_sparse_attention, order=_order, autocast=3, scores=_scores)
 register_impl("block_sparse_attention", "reference", _reference)
 register_impl("block_sparse_attention", "sdpa", _sdpa, supports=_sdpa_reasons)
 register_impl("block_sparse_attention", "flex", _flex, supports=_flex_reasons, here=flex.here, deterministic=False)
+register_impl("block_sparse_attention", "triton", _triton, supports=_triton_reasons, here=triton_here)

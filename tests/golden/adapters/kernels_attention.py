@@ -199,7 +199,7 @@ WIDE = [("reference", "float64"), ("reference", "float32")]  # the prediction's 
 VARIANTS: dict[str, list[tuple[str, str]]] = {
     "attention": [*LIBRARY, ("flex", "float32")],
     "varlen_attention": LIBRARY,
-    "block_sparse_attention": [*LIBRARY, ("flex", "float32")],
+    "block_sparse_attention": [*LIBRARY, *TRITON, ("flex", "float32")],
     "predict_block_map": WIDE,
     "few_query_attention": LIBRARY,
     "window_attention": LIBRARY,

@@ -1,0 +1,42 @@
+"""Launches of every Triton kernel of the attention family at published sizes, for offline compilation: name ->
+callable that calls the real launcher. Names end in ``/default`` where one compile a kernel is enough, the rest are
+for the slow run.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sparing.kernels import BlockMap
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def _qkv(
+    m: int, n: int, d: int, dtype: torch.dtype, *, batch: int = 1, heads: int = 16
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.empty(batch, heads, rows, d, dtype=dtype) for rows in (m, n, n))  # type: ignore[return-value]
+
+
+def block_sparse(d: int, dtype: torch.dtype, *, causal: bool = False, block_q: int = 128, block_k: int = 64) -> None:
+    from sparing.kernels.triton import block_sparse_attention as kernels
+
+    q, k, v = _qkv(512, 512, d, dtype)
+    mask = torch.ones(1, 1, 512 // block_q, 512 // block_k, dtype=torch.bool)
+    block_map = BlockMap.from_mask(mask, block_q=block_q, block_k=block_k)
+    options = {"block_q": block_q, "block_k": block_k, "causal": causal, "scale": 0.1}
+    lists = (block_map.kv_num, block_map.kv_idx, block_map.q_num, block_map.q_idx)
+    out, lse = kernels.forward(q, k, v, *lists[:2], **options)
+    kernels.backward(q, q, k, v, out, lse, *lists, **options)
+
+
+LAUNCHES: dict[str, Callable[[], None]] = {
+    "block_sparse/d128-bf16/default": partial(block_sparse, 128, BF16),
+    "block_sparse/d72-bf16": partial(block_sparse, 72, BF16),
+    "block_sparse/d64-bf16-causal": partial(block_sparse, 64, BF16, causal=True, block_q=64),
+    "block_sparse/d64-fp32": partial(block_sparse, 64, FP32),
+    "block_sparse/d128-fp32": partial(block_sparse, 128, FP32),
+    "block_sparse/d256-bf16": partial(block_sparse, 256, BF16),
+}
