@@ -140,13 +140,13 @@ def triton_here(device: torch.device) -> list[str]:
     return []
 
 
-def triton_attention_reasons(q: Tensor, v: Tensor, *, max_dim: int = 256) -> list[str]:
-    """Reasons that hold for every Triton attention kernel: dtype and head dims."""
+def triton_attention_reasons(q: Tensor, *, head_dim: int, max_dim: int) -> list[str]:
+    """Reasons that hold for every Triton attention kernel: dtype and (largest) head dim."""
     reasons = []
     if q.dtype == torch.float64 and not interpreting():
         reasons.append("dtype float64 is served in the interpreter only; float32, bfloat16 and float16 are")
-    if max(q.shape[-1], v.shape[-1]) > max_dim:
-        reasons.append(f"head_dim {max(q.shape[-1], v.shape[-1])} is above {max_dim}")
+    if head_dim > max_dim:
+        reasons.append(f"head_dim {head_dim} is above {max_dim}")
     return reasons
 
 

@@ -32,6 +32,27 @@ def block_sparse(d: int, dtype: torch.dtype, *, causal: bool = False, block_q: i
     kernels.backward(q, q, k, v, out, lse, *lists, **options)
 
 
+def window(size: int, dim: int, dtype: torch.dtype, *, side: int = 56, shift: int = 0) -> None:
+    from sparing.kernels.triton import window_attention as kernels
+
+    heads = 4
+    qkv = torch.empty(1, side, side, 3 * heads * dim, dtype=dtype)
+    q, k, v = qkv.chunk(3, dim=-1)
+    table = torch.empty((2 * size - 1) ** 2, heads, dtype=dtype)
+    problems = kernels.Problems.of_maps(q, heads, (size, size), (shift, shift))
+    out, lse = kernels.forward(problems, q, k, v, table, None, table=True, scale=0.1)
+    kernels.backward(problems, out, q, k, v, table, None, out, lse, table=True, scale=0.1, bias_grad=True)
+
+
+def tiny(m: int, n: int, d: int, dtype: torch.dtype) -> None:
+    from sparing.kernels.triton import window_attention as kernels
+
+    q, k, v = _qkv(m, n, d, dtype, batch=4, heads=8)
+    problems = kernels.Problems.of_batch(q, k, v)
+    out, lse = kernels.forward(problems, q, k, v, None, None, table=False, scale=0.1)
+    kernels.backward(problems, out, q, k, v, None, None, out, lse, table=False, scale=0.1, bias_grad=False)
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     "block_sparse/d128-bf16/default": partial(block_sparse, 128, BF16),
     "block_sparse/d72-bf16": partial(block_sparse, 72, BF16),
@@ -39,4 +60,15 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "block_sparse/d64-fp32": partial(block_sparse, 64, FP32),
     "block_sparse/d128-fp32": partial(block_sparse, 128, FP32),
     "block_sparse/d256-bf16": partial(block_sparse, 256, BF16),
+    "window/w7-d32-bf16-shifted/default": partial(window, 7, 32, BF16, shift=3),
+    "window/w12-d32-bf16/default": partial(window, 12, 32, BF16, side=48),
+    "window/w7-d32-fp32": partial(window, 7, 32, FP32, shift=3),
+    "window/w12-d32-fp32": partial(window, 12, 32, FP32, side=48, shift=6),
+    "window/w8-d128-fp32": partial(window, 8, 128, FP32),
+    "window/w8-d128-bf16": partial(window, 8, 128, BF16),
+    "tiny/8x16-d64-bf16/default": partial(tiny, 8, 16, 64, BF16),
+    "tiny/16x16-d64-fp32": partial(tiny, 16, 16, 64, FP32),
+    "tiny/32x32-d128-fp32": partial(tiny, 32, 32, 128, FP32),
+    "tiny/64x64-d72-bf16": partial(tiny, 64, 64, 72, BF16),
+    "tiny/64x64-d128-fp32": partial(tiny, 64, 64, 128, FP32),
 }

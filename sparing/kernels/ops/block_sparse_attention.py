@@ -170,7 +170,9 @@ def _triton(
 
 
 def _triton_reasons(q: Tensor, k: Tensor, v: Tensor, block_map: BlockMap, **kwargs: Any) -> list[str]:
-    reasons = triton_attention_reasons(q, v)
+    # float32 tiles of wider heads spill registers on sm90
+    widest = 256 if q.element_size() == 2 else 128
+    reasons = triton_attention_reasons(q, head_dim=max(q.shape[-1], v.shape[-1]), max_dim=widest)
     for name, block in (("block_q", block_map.block_q), ("block_k", block_map.block_k)):
         if block % 16:
             reasons.append(f"{name} {block} is no multiple of 16")

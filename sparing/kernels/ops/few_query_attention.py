@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparing.kernels.backends import sdpa
-from sparing.kernels.dispatch import define_op, register_impl, run
+from sparing.kernels.dispatch import define_op, register_impl, run, triton_attention_reasons, triton_here
 from sparing.kernels.masks import check_qkv, key_mask
 from sparing.kernels.ops.attention import check_masks, explicit_attention
 
 MAX_QUERIES = 64
+MAX_SPLITS = 64  # parts of the keys that the Triton merge holds at once
 
 
 def few_query_attention(
@@ -143,6 +144,99 @@ def _sdpa(
     return sdpa.attention(q, k, v, bias=bias, key_padding_mask=None, kv_len=kv_len, causal=False, scale=scale)
 
 
+@torch.library.custom_op("sparing::few_query_attention_fwd", mutates_args=())
+def few_query_attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kv_len: Tensor | None, scale: float, splits: int | None
+) -> tuple[Tensor, Tensor]:
+    """out and lse by the Triton kernels."""
+    from sparing.kernels.triton import few_query_attention as kernels
+
+    return kernels.forward(q, k, v, bias, kv_len, scale=scale, splits=splits)
+
+
+@few_query_attention_fwd.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=wide)
+
+
+@torch.library.custom_op("sparing::few_query_attention_bwd", mutates_args=())
+def few_query_attention_bwd(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    kv_len: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    bias_grad: bool,
+    scale: float,
+    splits: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and, with ``bias_grad``, of the bias (else an empty tensor)."""
+    from sparing.kernels.triton import few_query_attention as kernels
+
+    dq, dk, dv, slopes = kernels.backward(
+        grad, q, k, v, bias, kv_len, out, lse, scale=scale, splits=splits, bias_grad=bias_grad
+    )
+    if slopes is None or bias is None:
+        return dq, dk, dv, q.new_empty(0)
+    return dq, dk, dv, slopes.sum_to_size(bias.shape).to(bias.dtype).contiguous()
+
+
+@few_query_attention_bwd.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kv_len: Any, out: Any, lse: Any,
+    bias_grad: bool, *args: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dbias = q.new_empty(0) if bias is None or not bias_grad else bias.new_empty(bias.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, bias, kv_len, *options = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, bias, kv_len, out, lse)
+    ctx.options = options
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
+    bias_grad = ctx.needs_input_grad[3]
+    dq, dk, dv, dbias = few_query_attention_bwd(grad, *ctx.saved_tensors, bias_grad, *ctx.options)
+    return dq, dk, dv, dbias if bias_grad else None, None, None, None
+
+
+few_query_attention_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None,
+    kv_len: Tensor | None,
+    scale: float,
+    splits: int | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    out, lse = few_query_attention_fwd(q, k, v, bias, kv_len, scale, splits)
+    return (out, lse) if return_lse else out
+
+
+def _triton_reasons(q: Tensor, k: Tensor, v: Tensor, *, splits: int | None = None, **kwargs: Any) -> list[str]:
+    widest = 256 if q.element_size() == 2 else 128
+    reasons = triton_attention_reasons(q, head_dim=max(q.shape[-1], v.shape[-1]), max_dim=widest)
+    if splits is not None and splits > MAX_SPLITS:
+        reasons.append(f"splits {splits} is above {MAX_SPLITS}")
+    return reasons
+
+
 def _order(
     q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, kv_len: Tensor | None, **kwargs: Any
 ) -> tuple[str, ...]:
@@ -161,3 +255,4 @@ def _scores(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> int:
 define_op(few_query_attention, order=_order, autocast=3, scores=_scores)
 register_impl("few_query_attention", "reference", _reference)
 register_impl("few_query_attention", "sdpa", _sdpa, supports=sdpa.attention_reasons)
+register_impl("few_query_attention", "triton", _triton, supports=_triton_reasons, here=triton_here)

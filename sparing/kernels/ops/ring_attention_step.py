@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparing.kernels.backends.sdpa import masked_attention
-from sparing.kernels.dispatch import define_op, register_impl, run
+from sparing.kernels.dispatch import define_op, register_impl, run, triton_attention_reasons, triton_here
 from sparing.kernels.ops.attention import explicit_attention
 
 
@@ -232,6 +232,61 @@ def _sdpa_reasons(*args: Any, return_lse: bool = False, **kwargs: Any) -> list[s
     return ["scaled_dot_product_attention returns no lse"] if return_lse else []
 
 
+@torch.library.custom_op("sparing::ring_attention_step", mutates_args={"k_cache", "v_cache", "head", "length"})
+def ring_attention_step_op(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    head: Tensor,
+    length: Tensor,
+    active: Tensor | None,
+    reset: Tensor | None,
+    age_bias: Tensor | None,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """out and lse by the Triton kernel; the cache is updated in place."""
+    from sparing.kernels.triton import ring_attention_step as kernels
+
+    state = (k_cache, v_cache, head, length)
+    return kernels.step(q, k_new, v_new, *state, active, reset, age_bias, window=window, scale=scale)
+
+
+@ring_attention_step_op.register_fake
+def _(q: Tensor, k_new: Tensor, v_new: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(*q.shape[:3], v_new.shape[3]), q.new_empty(q.shape[:3], dtype=wide)
+
+
+def _triton(
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    cache: RingCache,
+    *,
+    active: Tensor | None,
+    reset: Tensor | None,
+    age_bias: Tensor | None,
+    scale: float,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    state = (cache.k, cache.v, cache.head, cache.length)
+    out, lse = ring_attention_step_op(q, k_new, v_new, *state, active, reset, age_bias, cache.window, scale)
+    return (out, lse) if return_lse else out
+
+
+def _triton_reasons(q: Tensor, k_new: Tensor, v_new: Tensor, cache: RingCache, **kwargs: Any) -> list[str]:
+    reasons = triton_attention_reasons(q, head_dim=max(q.shape[-1], v_new.shape[-1]), max_dim=256)
+    if q.shape[1] > 8:
+        reasons.append(f"{q.shape[1]} tokens a step, at most 8")
+    for name in ("k", "v", "head", "length"):
+        if not getattr(cache, name).is_contiguous():
+            reasons.append(f"the cache's {name} is not contiguous")
+    return reasons
+
+
 def _order(q: Tensor, *args: Any, **kwargs: Any) -> tuple[str, ...]:
     return ("triton", "sdpa", "reference") if q.device.type == "cuda" else ("sdpa", "reference")
 
@@ -239,3 +294,4 @@ def _order(q: Tensor, *args: Any, **kwargs: Any) -> tuple[str, ...]:
 define_op(ring_attention_step, order=_order)
 register_impl("ring_attention_step", "reference", _reference)
 register_impl("ring_attention_step", "sdpa", _sdpa, supports=_sdpa_reasons)
+register_impl("ring_attention_step", "triton", _triton, supports=_triton_reasons, here=triton_here)

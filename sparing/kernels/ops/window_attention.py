@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sparing.kernels.backends import sdpa
-from sparing.kernels.dispatch import define_op, register_impl, run
+from sparing.kernels.dispatch import define_op, register_impl, run, triton_attention_reasons, triton_here
 from sparing.kernels.masks import check_dtypes
 from sparing.kernels.ops.attention import explicit_attention
 
@@ -220,6 +220,136 @@ def _sdpa_reasons(
     return sdpa.attention_reasons(q, k, v, bias=bias, return_lse=kwargs.get("return_lse", False))
 
 
+@torch.library.custom_op("sparing::window_attention_fwd", mutates_args=())
+def window_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    region: Tensor | None,
+    table: bool,
+    heads: int,
+    window: list[int],
+    shift: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """out and lse by the Triton kernel; ``bias`` is the relative table, or a gathered bias, as ``table`` says."""
+    from sparing.kernels.triton import window_attention as kernels
+
+    problems = kernels.Problems.of_maps(q, heads, (window[0], window[1]), (shift[0], shift[1]))
+    bias = bias if table or bias is None else bias.unsqueeze(0)
+    return kernels.forward(problems, q, k, v, bias, region, table=table, scale=scale)
+
+
+@window_attention_fwd.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, bias: Any, region: Any, table: bool, heads: int, window: list[int], *args: Any
+) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    tokens = window[0] * window[1]
+    windows = q.shape[0] * (q.shape[1] // window[0]) * (q.shape[2] // window[1])
+    return q.new_empty(q.shape), q.new_empty(windows, heads, tokens, dtype=wide)
+
+
+@torch.library.custom_op("sparing::window_attention_bwd", mutates_args=())
+def window_attention_bwd(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    region: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    bias_grad: bool,
+    table: bool,
+    heads: int,
+    window: list[int],
+    shift: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and, with ``bias_grad``, of the table or bias (else an empty tensor)."""
+    from sparing.kernels.triton import window_attention as kernels
+
+    sides = (window[0], window[1])
+    problems = kernels.Problems.of_maps(q, heads, sides, (shift[0], shift[1]))
+    given = bias if table or bias is None else bias.unsqueeze(0)
+    dq, dk, dv, slopes = kernels.backward(
+        problems, grad, q, k, v, given, region, out, lse, table=table, scale=scale, bias_grad=bias_grad
+    )
+    if slopes is None or bias is None:
+        return dq, dk, dv, q.new_empty(0)
+    dbias = table_gradient(slopes[0], sides) if table else slopes[0]
+    return dq, dk, dv, dbias.to(bias.dtype).contiguous()
+
+
+@window_attention_bwd.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, region: Any, out: Any, lse: Any,
+    bias_grad: bool, *args: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dbias = q.new_empty(0) if bias is None or not bias_grad else bias.new_empty(bias.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+
+
+def table_gradient(slopes: Tensor, window: tuple[int, int]) -> Tensor:
+    """Gradient of the table ((2 wh - 1)(2 ww - 1), heads) from that of the gathered bias (heads, W, W): each entry
+    gathers the pairs of its offset, at most one a query, so nothing is scattered and the sum has one order.
+    """
+    wh, ww = window
+    device = slopes.device
+    dy = (torch.arange(2 * wh - 1, device=device) - (wh - 1)).repeat_interleave(2 * ww - 1).unsqueeze(1)
+    dx = (torch.arange(2 * ww - 1, device=device) - (ww - 1)).repeat(2 * wh - 1).unsqueeze(1)
+    query = torch.arange(wh * ww, device=device)
+    y, x = query // ww - dy, query % ww - dx  # (entries, W): the key that lies at this offset from each query
+    inside = (y >= 0) & (y < wh) & (x >= 0) & (x < ww)
+    key = torch.where(inside, y * ww + x, 0)
+    return (slopes[:, query, key] * inside).sum(-1).transpose(0, 1)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, bias, region, *options = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, bias, region, out, lse)
+    ctx.options = options
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 10
+    bias_grad = ctx.needs_input_grad[3]
+    dq, dk, dv, dbias = window_attention_bwd(grad, *ctx.saved_tensors, bias_grad, *ctx.options)
+    return dq, dk, dv, dbias if bias_grad else None, *(None,) * 6
+
+
+window_attention_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_table: Tensor | None,
+    rel_bias: Tensor | None,
+    region: Tensor | None,
+    *,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    heads: int,
+    scale: float,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    bias, table = (rel_table, True) if rel_table is not None else (rel_bias, False)
+    out, lse = window_attention_fwd(q, k, v, bias, region, table, heads, list(window), list(shift), scale)
+    return (out, lse) if return_lse else out
+
+
+def _triton_reasons(q: Tensor, k: Tensor, v: Tensor, *args: Any, heads: int, **kwargs: Any) -> list[str]:
+    return triton_attention_reasons(q, head_dim=q.shape[-1] // heads, max_dim=128)
+
+
 def _order(q: Tensor, *args: Any, **kwargs: Any) -> tuple[str, ...]:
     return ("triton", "sdpa", "reference") if q.device.type == "cuda" else ("sdpa", "reference")
 
@@ -227,3 +357,4 @@ def _order(q: Tensor, *args: Any, **kwargs: Any) -> tuple[str, ...]:
 define_op(window_attention, order=_order, autocast=3)
 register_impl("window_attention", "reference", _reference)
 register_impl("window_attention", "sdpa", _sdpa, supports=_sdpa_reasons)
+register_impl("window_attention", "triton", _triton, supports=_triton_reasons, here=triton_here)

@@ -201,9 +201,9 @@ VARIANTS: dict[str, list[tuple[str, str]]] = {
     "varlen_attention": LIBRARY,
     "block_sparse_attention": [*LIBRARY, *TRITON, ("flex", "float32")],
     "predict_block_map": WIDE,
-    "few_query_attention": LIBRARY,
-    "window_attention": LIBRARY,
-    "ring_attention_step": LIBRARY,
+    "few_query_attention": [*LIBRARY, *TRITON],
+    "window_attention": [*LIBRARY, *TRITON],
+    "ring_attention_step": [*LIBRARY, *TRITON],
 }
 BUILDERS: dict[str, Callable[[Case], dict[str, Tensor]]] = {
     "attention": _attention,
