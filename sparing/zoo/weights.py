@@ -217,7 +217,7 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], *, origin: str) -> nn.Mo
     own = model.state_dict()
     given_places = {_place(own[name]) for name in state if name in own}
     missing = [name for name, tensor in own.items() if name not in state and _place(tensor) not in given_places]
-    unexpected = [name for name in state if name not in own]
+    unexpected = sorted(name for name in state if name not in own)
     shapes = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
         for name in own
