@@ -4,7 +4,19 @@ Every function has a test in ``tests/test_compat*.py`` that names the upstream v
 imported before it is used.
 """
 
+import logging
 from typing import Any
+
+# -- xformers (tests/test_compat_xformers.py)
+
+
+def quieten_xformers() -> None:
+    """Keeps xformers' complaint about its missing extensions off the terminal; call before anything imports diffusers.
+
+    Checked with xformers 0.0.35 on torch 2.11: its wheel is built for torch 2.10, and diffusers imports it.
+    """
+    logging.getLogger("xformers").setLevel(logging.ERROR)
+
 
 # -- diffusers (tests/diffusion/test_compat_diffusers.py)
 

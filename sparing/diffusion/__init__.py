@@ -3,6 +3,10 @@
 import importlib
 from typing import Any
 
+from sparing._compat import quieten_xformers
+
+quieten_xformers()  # before diffusers is imported
+
 # public name -> module (below sparing.diffusion) that defines it
 _HOMES = {
     "DensityTable": "density",

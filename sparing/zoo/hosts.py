@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from sparing.zoo import twins, weights
@@ -123,10 +124,10 @@ def _open_clip(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module
     tags = open_clip.list_pretrained_tags_by_model(name)
     if (tag and tag not in tags) or (pretrained and not tags):
         raise ValueError(f"open_clip has no weights {tag or ''!r} of {name!r}; there are {', '.join(tags) or 'none'}")
+    weights_tag = tag or (tags[0] if pretrained else None)
+    kwargs.setdefault("device", torch.get_default_device())  # else it would leave the device context of the caller
     try:
-        return cast(
-            nn.Module, open_clip.create_model(name, pretrained=tag or (tags[0] if pretrained else None), **kwargs)
-        )
+        return cast(nn.Module, open_clip.create_model(name, pretrained=weights_tag, **kwargs))
     except OSError as error:
         raise needs_hub(f"open_clip/{name}") from error
 

@@ -6,10 +6,12 @@ writes config.json and model.safetensors, ``sparing.load`` rebuilds the twin fro
 """
 
 import importlib
+import inspect
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
@@ -17,8 +19,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 from torch import nn
 
 import sparing
+from sparing._compat import quieten_xformers
 from sparing.zoo import weights
-from sparing.zoo.table import CLASSES, METHODS
+from sparing.zoo.table import CLASSES, METHODS, closest
 
 if TYPE_CHECKING:
     import torch
@@ -203,7 +206,22 @@ def twin(model: nn.Module, method: str, **knobs: Any) -> nn.Module:
     _check_module(model)
     if reasons := cls.why_not(model):
         raise ValueError(f"{method} does not apply to this {type(model).__name__}: {'; '.join(reasons)}")
+    _check_knobs(method, cls, knobs)
     return cast(nn.Module, cls.from_host(model, **knobs))
+
+
+def _check_knobs(method: str, cls: type[Twin], knobs: Mapping[str, Any]) -> None:
+    """Refuses a keyword that neither ``from_host`` nor, where that hands on, the constructor has."""
+    accepted = inspect.signature(cls.from_host).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        accepted = inspect.signature(cls).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        return
+    names = [name for name in accepted if name != "host"]
+    for knob in knobs:
+        if knob not in names:
+            near = closest(knob, names)
+            raise TypeError(f"{method} has no knob {knob!r}; {near or 'it has ' + ', '.join(names)}")
 
 
 def load(
@@ -264,6 +282,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _load_diffusers(folder: Path, class_name: str) -> nn.Module:
     if class_name in CLASSES:
         return cast(nn.Module, cast(Any, _resolve(CLASSES[class_name])).from_pretrained(folder))
+    quieten_xformers()
     import diffusers
 
     cls = getattr(diffusers, class_name, None)

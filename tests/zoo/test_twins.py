@@ -10,6 +10,7 @@ from torch import nn
 
 import sparing
 from sparing.zoo import table, weights
+from zoo.toy import ToyHost
 
 
 def answer(name, model):
@@ -45,12 +46,13 @@ def test_a_twin_is_built_from_live_weights_and_leaves_the_host_alone(toy_zoo):
     [
         (nn.ReLU(), "toy", ValueError, "toy does not apply to this ReLU: needs a ToyHost"),
         (nn.ReLU(), "toyy", ValueError, "unknown method 'toyy'; there are .*toy"),
+        (ToyHost(), "toy", TypeError, "toy has no knob 'strenght'; closest: strength"),
         ("timm/x", "toy", TypeError, "a live model .* is needed, got str"),
     ],
 )
 def test_what_cannot_be_built_says_why(toy_zoo, model, method, kind, message):
     with pytest.raises(kind, match=message):
-        sparing.twin(model, method)
+        sparing.twin(model, method, **({"strenght": 1} if "knob" in message else {}))
 
 
 def test_a_saved_twin_comes_back_without_its_host(toy_zoo, tmp_path):

@@ -4,13 +4,13 @@ On torch 2.11 + CUDA 13 its own compiled part does not load, and it reaches the 
 the normaliser of the memory-efficient kernel and float32 packed attention.
 """
 
-import logging
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparing._compat import quieten_xformers
 from sparing.kernels.dispatch import INSTALLED, cuda_here, needs_grad
 
 
@@ -21,7 +21,7 @@ def here(device: torch.device) -> list[str]:
 
 @cache
 def _fmha() -> Any:
-    logging.getLogger("xformers").setLevel(logging.ERROR)
+    quieten_xformers()
     from xformers.ops import fmha
 
     return fmha
