@@ -17,7 +17,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,8 +27,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import sparing
-from sparing.recipes.train_vision import TrainSettings, accuracy, image_batches, train
-from sparing.training import FitSettings
+from sparing.recipes.train_vision import TrainSettings, accuracy, train
+from sparing.training import FitSettings, ImageSettings, image_batches
 from sparing.vision.micro import vit_micro_patch4_28
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,9 +39,18 @@ START = FitSettings(
     epochs=3, batch_size=64, optimizer="muon", lr=2e-3, matrix_lr=0.02, weight_decay=0.05, warmup=0.05, final_lr=0.1
 )
 EXTRA = FitSettings(
-    epochs=2, batch_size=64, optimizer="muon", lr=6e-4, matrix_lr=0.006, weight_decay=0.05, warmup=0.05, final_lr=0.0
+    epochs=2,
+    batch_size=64,
+    optimizer="muon",
+    lr=6e-4,
+    matrix_lr=0.006,
+    weight_decay=0.05,
+    warmup=0.05,
+    final_lr=0.0,
+    fresh_lr_multiplier=3.0,
 )
-TRAIN = TrainSettings(label_smoothing=0.0, max_shift=0, flip=True)
+TRAIN = TrainSettings(label_smoothing=0.0)
+IMAGES = ImageSettings(max_shift=0, flip=True)
 
 
 class SmallCNN(nn.Sequential):
@@ -85,10 +95,6 @@ FROM_SCRATCH: dict[str, Callable[[], nn.Module]] = {
 TRAINED = ("host", "stvit", "plain", "cnn")
 
 
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
-
-
 def through_fp16(model: nn.Module, file: Path) -> int:
     """Store the weights in fp16, read them back into ``model``, return the bytes of the file."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -105,55 +111,55 @@ def through_fp16(model: nn.Module, file: Path) -> int:
 
 def run(row: str, seed: int, data: str) -> None:
     """Train one row for one seed, or go on where it was stopped; append its numbers."""
-    folder = RUNS / f"seed{seed}" / row
     if recorded(row, seed):
         print(f"{row} seed {seed}: done before")
         return
-    started = time.process_time()
+    folder, started = RUNS / f"seed{seed}" / row, time.process_time()
+    start = RUNS / f"seed{seed}" / ("host" if row == "stvit" else row) / "start"
+    torch.manual_seed(seed)
+    fresh: set[str] = set()
     if row == "stvit":
-        start = RUNS / f"seed{seed}" / "host" / "start"
         if not (start / "metrics.json").exists():
             raise SystemExit(f"the twin needs the host's start: run --row host --seed {seed} first")
         host = vit_micro_patch4_28()
-        host.load_state_dict(weights_of(start))
-        torch.manual_seed(seed)
+        host.load_state_dict(load_file(start / "model.safetensors"))
         model = stvit_of(host)
+        fresh = dict(model.named_parameters()).keys() - dict(host.named_parameters()).keys()
     else:
-        torch.manual_seed(seed)
         model = FROM_SCRATCH[row]()
-        stage(model, folder / "start", START, seed=seed, data=data, row=row)
-    last = stage(model, folder / "extra", EXTRA, seed=seed + 1000, data=data, row=row)
+        stage(model, start, START, seed=seed, data=data)
+    last = stage(model, folder / "extra", EXTRA, seed=seed + 1000, data=data, fresh=fresh)
     size = through_fp16(model, folder / "fp16.safetensors")
     record = {
         "row": row,
         "seed": seed,
+        "status": getattr(model, "status", "host"),
         "test_accuracy": evaluate(model, data),
         "file_bytes": size,
         "curve": curve(folder),
-        "train_seconds": sum(point["train_seconds"] for point in curve(folder)),
         "cpu_seconds_of_last_call": time.process_time() - started,
         "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "torch": torch.__version__,
-        "scheme": {"start": last["fit"] if row == "stvit" else None, "extra": last["fit"], "train": last["train"]},
+        "start": json.loads((start / "metrics.json").read_text())["fit"],
+        "extra": last["fit"],
+        "train": last["train"],
     }
-    record["scheme"]["start"] = json.loads(
-        (RUNS / f"seed{seed}" / ("host" if row == "stvit" else row) / "start" / "metrics.json").read_text()
-    )["fit"]
     append(record)
 
 
-def stage(model: nn.Module, folder: Path, settings: FitSettings, *, seed: int, data: str, row: str) -> dict:
+def stage(
+    model: nn.Module, folder: Path, settings: FitSettings, *, seed: int, data: str, fresh: Collection[str] = ()
+) -> dict:
     """One stage of the scheme; when its folder is complete, only its weights are read."""
-    from dataclasses import replace
-
     if (folder / "metrics.json").exists():
         model.load_state_dict(load_file(folder / "model.safetensors"))
         return json.loads((folder / "metrics.json").read_text())
-    if row == "cnn":  # no blocks for Muon to work on
+    if isinstance(model, SmallCNN):  # no blocks for Muon to work on
         settings = replace(settings, optimizer="adamw")
     print(f"{folder.relative_to(RUNS)}: {settings.epochs} epochs", flush=True)
-    return train(model, data, out=folder, fit_settings=replace(settings, seed=seed), settings=TRAIN)
+    fit_settings = replace(settings, seed=seed)
+    return train(model, data, out=folder, fit_settings=fit_settings, settings=TRAIN, image_settings=IMAGES, fresh=fresh)
 
 
 def curve(folder: Path) -> list[dict]:
@@ -162,7 +168,7 @@ def curve(folder: Path) -> list[dict]:
 
 
 def evaluate(model: nn.Module, data: str) -> float:
-    return accuracy(model.eval(), image_batches(model, data, split="test", settings=TRAIN))
+    return accuracy(model.eval(), image_batches(model, data, split="test", settings=IMAGES))
 
 
 def append(record: dict) -> None:

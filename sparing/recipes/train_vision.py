@@ -12,11 +12,10 @@ WebDataset tars
 metrics.json.
 """
 
-import json
 import sys
 import time
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,34 +27,25 @@ import sparing
 from sparing.training import (
     Batch,
     BatchSource,
-    FileBatches,
     FitSettings,
-    MemoryBatches,
+    ImageSettings,
     MixBatch,
-    TensorImages,
     atomic_file,
-    eval_transform,
     fit,
-    open_images,
-    shift_and_flip,
-    train_transform,
+    image_batches,
+    write_json,
 )
 
-__all__ = ["TrainSettings", "accuracy", "image_batches", "save_model", "train", "write_json"]
+__all__ = ["TrainSettings", "accuracy", "save_model", "train"]
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What the images go through, and the loss."""
+    """The loss, and how images of a batch are mixed."""
 
     label_smoothing: float = field(default=0.1, metadata={"help": "share of the target spread over all classes"})
     mixup: float = field(default=0.0, metadata={"help": "alpha of mixup, 0 = off"})
     cutmix: float = field(default=0.0, metadata={"help": "alpha of cutmix, 0 = off"})
-    rand_augment: int = field(default=0, metadata={"help": "operations of RandAugment on image files, 0 = off"})
-    smallest_crop: float = field(default=0.35, metadata={"help": "share of an image file that a random crop keeps"})
-    max_shift: int = field(default=2, metadata={"help": "pixels that images in memory are moved by at most"})
-    flip: bool = field(default=True, metadata={"help": "mirror every second training image"})
-    num_workers: int = field(default=0, metadata={"help": "processes that decode image files"})
 
 
 def train(
@@ -65,7 +55,9 @@ def train(
     out: str | Path,
     fit_settings: FitSettings | None = None,
     settings: TrainSettings | None = None,
-    on_step: Any = None,
+    image_settings: ImageSettings | None = None,
+    fresh: Collection[str] = (),
+    on_step: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Train ``model`` on ``data`` and write it to ``out``.
 
@@ -74,20 +66,25 @@ def train(
         data: see :func:`sparing.training.open_images`.
         out: folder for the model, metrics.json and, until the end, the checkpoint.
         fit_settings: duration, rates, seed.
-        settings: augmentation and loss.
+        settings: loss and mixing.
+        image_settings: augmentation.
+        fresh: names of parameters that the host did not have; they train with a higher rate.
         on_step: called with the number of optimizer steps done.
 
     Returns:
         What metrics.json holds: settings, history, test accuracy of the saved file's weights.
     """
     fit_settings, settings, out = fit_settings or FitSettings(), settings or TrainSettings(), Path(out)
+    image_settings = image_settings or ImageSettings()
     started = time.perf_counter()
-    training = image_batches(model, data, split="train", settings=settings, seed=fit_settings.seed)
-    testing = image_batches(model, data, split="test", settings=settings)
+    training = image_batches(model, data, augment=True, settings=image_settings, seed=fit_settings.seed)
+    testing = image_batches(model, data, split="test", settings=image_settings)
     num_classes = int(model.num_classes)  # type: ignore[arg-type]
-    labels = _label_count(training)
-    if labels is not None and labels > num_classes:
-        raise ValueError(f"{data} has {labels} classes, the model has {num_classes}: pass --num_classes {labels}")
+    if training.num_classes > num_classes:
+        raise ValueError(
+            f"{data} has {training.num_classes} classes, the model has {num_classes}: "
+            f"create it with num_classes={training.num_classes}"
+        )
     mix = None
     if settings.mixup or settings.cutmix:
         mix = MixBatch(num_classes, mixup=settings.mixup, cutmix=settings.cutmix)
@@ -101,7 +98,6 @@ def train(
     def evaluate(module: nn.Module, accelerator: Accelerator) -> dict[str, float]:
         return {"test_accuracy": accuracy(module, testing, accelerator=accelerator)}
 
-    fresh = getattr(model, "fresh_parameters", lambda: ())()
     best, history = fit(
         model, loss_of, training, settings=fit_settings, out=out, fresh=fresh, evaluate=evaluate, on_step=on_step
     )
@@ -114,6 +110,7 @@ def train(
         "history": history,
         "fit": asdict(fit_settings),
         "train": asdict(settings),
+        "images": asdict(image_settings),
         "versions": {"sparing": sparing.__version__, "torch": torch.__version__},
         "device": str(next(best.parameters()).device),
         "wall_seconds": time.perf_counter() - started,
@@ -123,43 +120,6 @@ def train(
         write_json(out / "metrics.json", metrics)
         (out / "checkpoint.pt").unlink(missing_ok=True)
     return metrics
-
-
-def image_batches(
-    model: nn.Module,
-    data: str,
-    *,
-    split: str,
-    settings: TrainSettings,
-    seed: int = 0,
-    labelled: bool = True,
-) -> BatchSource:
-    """Batches of a data set at the model's own input size and normalisation; augmented for ``split='train'``."""
-    config: Any = model.pretrained_cfg
-    config = config if isinstance(config, dict) else config.to_dict()
-    channels, height, width = config["input_size"]
-    mean, std = config["mean"], config["std"]
-    images = open_images(data, split=split, channels=channels, labelled=labelled)
-    if isinstance(images, TensorImages):
-        if images.images.shape[-2:] != (height, width):
-            raise ValueError(
-                f"{data} holds images of {' x '.join(map(str, images.images.shape[-2:]))}, "
-                f"the model takes {height} x {width}"
-            )
-        shift = partial(shift_and_flip, seed=seed, max_shift=settings.max_shift, flip=settings.flip)
-        return MemoryBatches(images, mean=mean, std=std, augment=shift if split == "train" else None)
-    if split == "train":
-        transform = train_transform(
-            (height, width),
-            mean=mean,
-            std=std,
-            scale=(settings.smallest_crop, 1.0),
-            rand_augment=settings.rand_augment,
-            flip=settings.flip,
-        )
-    else:
-        transform = eval_transform((height, width), mean=mean, std=std, crop_fraction=config.get("crop_pct") or 1.0)
-    return FileBatches(images, transform, seed=seed, num_workers=settings.num_workers)
 
 
 @torch.inference_mode()
@@ -202,18 +162,6 @@ def save_model(model: nn.Module, out: Path) -> None:
     write_json(out / "config.json", card)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically."""
-    with atomic_file(path) as file:
-        file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
-
-
-def _label_count(data: BatchSource) -> int | None:
-    if isinstance(data, MemoryBatches):
-        return int(data.data.labels.max()) + 1
-    return len(data.dataset.data.class_names) or None if isinstance(data, FileBatches) else None
-
-
 @dataclass(frozen=True)
 class Arguments:
     """What to train, on what, into which folder."""
@@ -230,14 +178,27 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; see ``--help``."""
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser([Arguments, FitSettings, TrainSettings], description=__doc__)
-    wanted, fit_settings, settings = parser.parse_args_into_dataclasses(arguments)
+    parser = HfArgumentParser([Arguments, FitSettings, TrainSettings, ImageSettings], description=__doc__)
+    wanted, fit_settings, settings, image_settings = parser.parse_args_into_dataclasses(arguments)
     try:
         extra: dict[str, Any] = {"num_classes": wanted.num_classes} if wanted.num_classes else {}
         if wanted.host_pretrained:
             extra["host_pretrained"] = True
+        torch.manual_seed(fit_settings.seed)  # initial weights
         model = sparing.create_model(wanted.model, pretrained=wanted.pretrained, **extra)
-        metrics = train(model, wanted.data, out=wanted.out, fit_settings=fit_settings, settings=settings)
+        fresh: set[str] = set()
+        if wanted.host_pretrained:
+            host = sparing.create_model(str(sparing.model_card(wanted.model).host), device="meta")
+            fresh = dict(model.named_parameters()).keys() - dict(host.named_parameters()).keys()
+        metrics = train(
+            model,
+            wanted.data,
+            out=wanted.out,
+            fit_settings=fit_settings,
+            settings=settings,
+            image_settings=image_settings,
+            fresh=fresh,
+        )
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

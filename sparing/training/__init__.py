@@ -2,7 +2,8 @@
 
 from sparing.training.augment import MixBatch, eval_transform, shift_and_flip, train_transform
 from sparing.training.batches import Batch, BatchSource, FileBatches, MemoryBatches
-from sparing.training.checkpoint import atomic_file, load_checkpoint, save_checkpoint
+from sparing.training.checkpoint import atomic_file, load_checkpoint, save_checkpoint, write_json
+from sparing.training.images import ImageSettings, image_batches
 from sparing.training.loop import FitSettings, fit
 from sparing.training.optim import build_optimizers, parameter_groups
 from sparing.training.progress import progress
@@ -16,6 +17,7 @@ __all__ = [
     "FileBatches",
     "FitSettings",
     "ImageSet",
+    "ImageSettings",
     "MemoryBatches",
     "MixBatch",
     "TensorImages",
@@ -24,6 +26,7 @@ __all__ = [
     "epoch_order",
     "eval_transform",
     "fit",
+    "image_batches",
     "load_checkpoint",
     "open_images",
     "parameter_groups",
@@ -37,4 +40,5 @@ __all__ = [
     "train_transform",
     "uniforms",
     "warmup_cosine",
+    "write_json",
 ]

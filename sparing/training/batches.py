@@ -25,7 +25,9 @@ class Batch(NamedTuple):
 
 
 class BatchSource(Protocol):
-    """What a training loop needs of its data."""
+    """What a training loop needs of its data; ``num_classes`` is 0 where there are no labels."""
+
+    num_classes: int
 
     def __len__(self) -> int: ...
 
@@ -53,6 +55,7 @@ class MemoryBatches:
     ) -> None:
         self.data = data
         self.augment = augment
+        self.num_classes = int(data.labels.max()) + 1
         self.scale = 1.0 / (255.0 * torch.tensor(std)[:, None, None])
         self.offset = torch.tensor(mean)[:, None, None] / torch.tensor(std)[:, None, None]
 
@@ -91,6 +94,7 @@ class FileBatches:
     def __init__(self, data: ImageSet, transform: Callable, *, seed: int = 0, num_workers: int = 0) -> None:
         self.dataset = _Transformed(data, transform, seed)
         self.num_workers = num_workers
+        self.num_classes = len(data.class_names)
 
     def __len__(self) -> int:
         return len(self.dataset.data)

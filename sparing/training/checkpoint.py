@@ -1,6 +1,7 @@
 """Checkpoints that are either whole or absent."""
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -9,7 +10,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-__all__ = ["atomic_file", "load_checkpoint", "save_checkpoint"]
+__all__ = ["atomic_file", "load_checkpoint", "save_checkpoint", "write_json"]
 
 
 @contextlib.contextmanager
@@ -30,6 +31,17 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON atomically.
+
+    Raises:
+        ValueError: a number is not finite, or something has no JSON form.
+    """
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    with atomic_file(path) as file:
+        file.write(text.encode())
 
 
 def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:

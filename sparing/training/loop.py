@@ -78,9 +78,11 @@ def fit(
         ValueError: a setting that cannot work, or a checkpoint of another run.
     """
     _check(settings)
-    accelerator = Accelerator(mixed_precision="no" if settings.precision == "fp32" else settings.precision)
+    accelerator = Accelerator()
     if settings.precision == "bf16" and accelerator.device.type != "cuda":
         raise ValueError(f"precision 'bf16' needs a CUDA device, this is {accelerator.device}; use 'fp32'")
+    # not Accelerator(mixed_precision=...), which would fix the precision of the whole process
+    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
     rank, world_size = accelerator.process_index, accelerator.num_processes
     micro_batches = -(-len(data) // world_size) // settings.batch_size
     steps_per_epoch = micro_batches // settings.accumulate
@@ -155,7 +157,8 @@ def fit(
                     )
                     last_pass = micro == settings.accumulate - 1
                     with contextlib.nullcontext() if last_pass else accelerator.no_sync(wrapped):
-                        loss = loss_of(wrapped, batch) / settings.accumulate
+                        with autocast:
+                            loss = loss_of(wrapped, batch) / settings.accumulate
                         accelerator.backward(loss)
                     loss_sum += loss.detach()
                 if settings.clip_grad:
