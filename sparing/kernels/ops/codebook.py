@@ -150,6 +150,8 @@ def _codebook_argmin(x: Tensor, codebook: Tensor, metric: str, precision: str) -
         return codebook_argmin_reference(x, codebook, metric=metric)
     from sparing.kernels.triton.codebook import codebook_argmin_forward
 
+    if precision == "auto":
+        precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     return codebook_argmin_forward(x.contiguous(), codebook.contiguous(), metric, precision, NORMALIZE_EPS)
 
 
@@ -162,8 +164,6 @@ def _codebook_argmin_fake(x: Tensor, codebook: Tensor, metric: str, precision: s
 def _codebook_argmin_triton(
     x: Tensor, codebook: Tensor, *, metric: str = "l2", precision: str = "auto", return_dist: bool = False
 ) -> tuple[Tensor, Tensor]:
-    if precision == "auto":
-        precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     return _codebook_argmin(x.detach(), codebook.detach(), metric, precision)
 
 
