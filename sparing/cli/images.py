@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from sparing.cli.app import app
-from sparing.cli.options import Device, Dtype, JsonFile, make_twins, parse_device, parse_dtype, write_json
+from sparing.cli.options import Device, Dtype, JsonFile, make_twins, parse_device, parse_dtype, parse_twin, write_json
 
 DEFAULT_MODEL = "stvit_vit_micro_patch4_28.demo_fashion"
 
@@ -58,6 +58,38 @@ def classify(
         typer.echo(f"error: {reason}", err=True)
     if result.failures:
         raise typer.Exit(2)
+
+
+@app.command()
+def distill(
+    host: Annotated[str, typer.Argument(help="timm/NAME (published weights), a name of the zoo, a folder.")],
+    images: Annotated[str, typer.Argument(help="Images without labels: a folder, idx files, WebDataset tars.")],
+    out: Annotated[Path, typer.Option(help="Folder of the twin; the same folder resumes a run that was stopped.")],
+    twin: Annotated[
+        str, typer.Option(metavar="METHOD[:KNOB=VALUE,...]", help="The twin, e.g. stvit:num_tokens=16.")
+    ] = "stvit",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the images.")] = 30,
+    batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 128,
+    lr: Annotated[float, typer.Option(help="Peak learning rate; ten times that for parameters the host lacks.")] = 1e-4,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 on CUDA.")] = "fp32",
+    seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Train a twin to say what its host says, from images without labels.
+
+    More settings, several GPUs: accelerate launch -m sparing.recipes.distil_vision --help
+    """
+    from sparing.recipes.distil_vision import distill as distil_host
+    from sparing.training import FitSettings
+
+    method, knobs = parse_twin(twin)
+    settings = FitSettings(epochs=epochs, batch_size=batch, lr=lr, precision=precision, seed=seed)
+    metrics = distil_host(host, images, out=out, method=method, knobs=knobs, fit_settings=settings)
+    if not write_json(metrics, json_file):
+        held_out, after = metrics["held_out"], metrics["after"]
+        for name, before in metrics["before"].items():
+            print(f"{name} on {held_out} held-out images: {before:.4f} before, {after[name]:.4f} after")
+        print(f"twin in {out}; use it: sparing classify IMAGE --weights {out}")
 
 
 @app.command()

@@ -128,6 +128,7 @@ def count_flops(model: nn.Module, *inputs: Any, kwargs: Mapping[str, Any] | None
     touched.
     """
     call = dict(kwargs or {})
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped: compiled regions hide their operators
     try:
         return _count(_copy_without_memory(model), _to_meta(inputs), _to_meta(call))
     except (

@@ -51,6 +51,11 @@ def test_counting_allocates_no_second_copy_of_the_weights():
     assert not model.weight.is_meta
 
 
+def test_a_compiled_model_counts_what_it_was_compiled_from():
+    model = torch.compile(nn.Linear(4, 5), backend="aot_eager")
+    assert sparing.profile(model, torch.ones(2, 4), measure=False).flops == 2 * 2 * 4 * 5
+
+
 def test_batches_count_and_divide():
     model = timm.create_model("test_vit", num_classes=5)
     one = sparing.profile(model, torch.randn(1, 3, 160, 160), measure=False)
