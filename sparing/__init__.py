@@ -8,10 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparing.zoo.cards import ModelCard, model_card
+    from sparing.zoo.cards import ModelCard
     from sparing.zoo.compare import Comparison, compare
     from sparing.zoo.profile import Profile, profile
-    from sparing.zoo.registry import create_model, list_models, register_model
+    from sparing.zoo.registry import create_model, list_models, model_card, register_model
     from sparing.zoo.twins import load, methods, twin
 
 __version__ = "0.1.0"
@@ -42,7 +42,7 @@ _ROOMS = {
     "list_models": "sparing.zoo.registry",
     "load": "sparing.zoo.twins",
     "methods": "sparing.zoo.twins",
-    "model_card": "sparing.zoo.cards",
+    "model_card": "sparing.zoo.registry",
     "register_model": "sparing.zoo.registry",
     "twin": "sparing.zoo.twins",
 }

@@ -42,7 +42,7 @@ def models(
 
 @app.command()
 def card(
-    name: Annotated[str, typer.Argument(help="A name of the zoo.")],
+    name: Annotated[str, typer.Argument(help="A name of the zoo, timm/NAME and the like, or a saved folder.")],
     json_file: JsonFile = None,
 ) -> None:
     """Show what is known of a model: paper, licences, weights, measurements."""

@@ -68,8 +68,8 @@ class ModelCard:
         )
 
 
-def model_card(name: str) -> ModelCard:
-    """The card of a name of the zoo; the measured numbers of a shipped model lie beside its weights.
+def table_card(name: str) -> ModelCard:
+    """The card of a name of the table; the measured numbers of a shipped model lie beside its weights.
 
     Raises:
         ValueError: the name is unknown; the message names the closest ones.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparing.media.image import find_images, read_image
 from sparing.zoo.compare import feature_cosine, pooled_features, status_of, top1_agreement
-from sparing.zoo.hosts import is_saved_name
+from sparing.zoo.hosts import as_dict, is_saved_name
 from sparing.zoo.profile import evaluation, placement
 from sparing.zoo.registry import create_model
 
@@ -120,7 +120,7 @@ def _pretrained_cfg(model: nn.Module) -> dict[str, Any]:
     cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if cfg is None:
         raise ValueError(f"{type(model).__name__} has no pretrained_cfg to say its image size and normalisation")
-    return dict(cfg) if isinstance(cfg, dict) else dict(cast(Any, cfg).to_dict())
+    return as_dict(cfg)
 
 
 def _readable(

@@ -96,11 +96,12 @@ def _timm_folder(folder: Path, config: dict[str, Any]) -> nn.Module:
     model: Any = _timm(name, False, arguments)
     path = weights.weights_file(folder)
     weights.fill(model, weights.read_state(path), origin=repr(str(path)))
-    model.pretrained_cfg = {**_as_dict(model.pretrained_cfg), **config.get("pretrained_cfg", {})}
+    model.pretrained_cfg = {**as_dict(model.pretrained_cfg), **config.get("pretrained_cfg", {})}
     return cast(nn.Module, model.eval())
 
 
-def _as_dict(cfg: Any) -> dict[str, Any]:
+def as_dict(cfg: Any) -> dict[str, Any]:
+    """timm's pretrained_cfg, a dict or a dataclass, as a dict."""
     return dict(cfg) if isinstance(cfg, dict) else dict(cfg.to_dict())
 
 

@@ -1,4 +1,4 @@
-"""Names to models: ``register_model``, ``create_model``, ``list_models``.
+"""Names to models: ``register_model``, ``create_model``, ``list_models``, ``model_card``.
 
 The habits are timm's: an entry point ``def name(pretrained=False, **kwargs)`` is registered under its own name,
 weights carry a tag after a dot (``vit_micro_patch4_28.demo_fashion``), and a bare name stands for its first tag. What
@@ -158,10 +158,23 @@ def list_models(
             and task in (None, entry.task)
             and method in (None, entry.method)
             and (not pretrained or entry.source is not None)
-            and (commercial is None or cards.model_card(name).commercial() == commercial)
+            and (commercial is None or cards.table_card(name).commercial() == commercial)
         )
 
     return sorted(name for name, entry in MODELS.items() if wanted(name, entry))
+
+
+def model_card(name: str) -> cards.ModelCard:
+    """The card of a name of the zoo (nothing is imported for it), a host by prefix, a saved folder or a hub id.
+
+    Raises:
+        ValueError: the name is unknown; the message names the closest ones.
+    """
+    if name not in MODELS and ("/" in name or Path(name).is_dir()):
+        from sparing.zoo.host_cards import host_card
+
+        return host_card(name)
+    return cards.table_card(name)
 
 
 def _entry_point(name: str) -> Callable[..., Any]:

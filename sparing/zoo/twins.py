@@ -309,6 +309,6 @@ def _json_values(cfg: Any) -> Any:
     """timm's pretrained_cfg (a dict or a dataclass) as JSON values, without fields that are not set."""
     if cfg is None:
         return None
-    items = cfg.to_dict() if hasattr(cfg, "to_dict") else dict(cfg)
+    items = dict(cfg) if isinstance(cfg, dict) else cfg.to_dict()
     plain = (str, int, float, bool, list, tuple)
     return {key: value for key, value in items.items() if isinstance(value, plain)}

@@ -19,7 +19,7 @@ def toy_zoo(monkeypatch):
         ),
     }
     monkeypatch.setattr(table, "MODELS", entries)
-    monkeypatch.setattr(registry, "MODELS", entries)
-    monkeypatch.setattr(compare, "MODELS", entries)
+    for module in (compare, registry):
+        monkeypatch.setattr(module, "MODELS", entries)
     monkeypatch.setitem(table.METHODS, "toy", "zoo.toy:ToyTwin")
     return toy

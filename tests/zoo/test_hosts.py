@@ -127,3 +127,20 @@ def test_an_unreachable_hub_gives_one_line():
 @pytest.mark.parametrize(("name", "is_host"), [("timm/x", True), ("a/b", True), (".", True), ("stvit_x", False)])
 def test_what_counts_as_a_host_name(name, is_host):
     assert hosts.is_host_name(name) is is_host
+
+
+def test_the_card_of_a_timm_host_repeats_what_timm_says():
+    card = sparing.model_card("timm/deit_tiny_patch16_224")
+    assert (card.params, card.license_weights, card.method) == (5_717_416, "apache-2.0", None)
+    assert card.source == "hf:timm/deit_tiny_patch16_224.fb_in1k"
+    with pytest.raises(ValueError, match="timm has no model"):
+        sparing.model_card("timm/deit_tny_patch16_224")
+
+
+def test_the_card_of_a_saved_twin_says_method_status_and_licence(tmp_path):
+    twin = sparing.twin(timm.create_model("test_vit"), "tome", r=2)
+    twin.save_pretrained(tmp_path / "twin")
+    card = sparing.model_card(str(tmp_path / "twin"))
+    assert (card.method, card.training, card.host) == ("tome", "training-free", "test_vit")
+    assert card.license_weights == "apache-2.0"
+    assert card.params == sum(p.numel() for p in twin.parameters())

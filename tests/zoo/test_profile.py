@@ -121,3 +121,14 @@ def test_bad_arguments_are_named():
         sparing.profile(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="repeats must be at least 1"):
         sparing.profile(nn.Linear(2, 2), torch.ones(1, 2), repeats=0)
+
+
+@pytest.mark.gpu
+def test_cuda_costs_are_those_of_the_device():
+    model = timm.create_model("deit_tiny_patch16_224").cuda().half()
+    result = sparing.profile(model, torch.randn(8, 3, 224, 224, device="cuda", dtype=torch.float16), repeats=5)
+    assert result.device == torch.cuda.get_device_name()
+    assert result.macs == pytest.approx(8 * 1.2537e9, rel=5e-4)
+    assert result.peak_memory_bytes > 2 * result.params  # the weights alone
+    assert result.memory_method == "peak of the CUDA allocator"
+    assert result.latency_s > 0
