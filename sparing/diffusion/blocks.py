@@ -19,7 +19,7 @@ Pooling lives inside the merge block and enlarging inside the recover block, so 
 blocks that starts and ends on dense tokens leaves the token count right.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -30,9 +30,27 @@ from torch import Tensor, nn
 from torchvision.ops import stochastic_depth
 
 from sparing._compat import active_attention_backend, dispatch_attention, register_cacheable_block
-from sparing.kernels import attention, gate_residual, gate_residual_ln_modulate, grid_pool, grid_unpool, ln_modulate
+from sparing.kernels import (
+    attention,
+    block_sparse_attention,
+    gate_residual,
+    gate_residual_ln_modulate,
+    grid_pool,
+    grid_unpool,
+    ln_modulate,
+    predict_block_map,
+)
 
-__all__ = ["FlexAttention", "FlexDiTBlock", "MeanAttention", "depth_layout", "run_blocks"]
+__all__ = [
+    "BlockSparseAttnProcessor",
+    "FlexAttention",
+    "FlexDiTBlock",
+    "MeanAttention",
+    "depth_layout",
+    "run_blocks",
+    "sdtm_inputs",
+    "set_block_sparse_attention",
+]
 
 Kind = Literal["plain", "pooling", "merge", "sparse", "recover", "dense"]
 Grid = tuple[int, int]
@@ -102,6 +120,46 @@ class FlexAttnProcessor:
         return dispatch_attention(query, key, value, attention_mask=attention_mask, backend=backend)
 
 
+class BlockSparseAttnProcessor(FlexAttnProcessor):
+    """Attention over predicted key blocks only (``sparing.kernels.predict_block_map``): training-free, approximate
+    unless every block is kept.
+
+    Args:
+        block_q, block_k: rows of a query and of a key block.
+        sim_threshold: blocks whose tokens resemble each other less than this are always computed.
+        cdf, topk: keep key blocks up to this cumulative share, or this share of them; exactly one of the two.
+    """
+
+    def __init__(
+        self,
+        *,
+        block_q: int = 128,
+        block_k: int = 64,
+        sim_threshold: float = 0.5,
+        cdf: float | None = None,
+        topk: float | None = None,
+    ) -> None:
+        if (cdf is None) == (topk is None):
+            raise ValueError(f"give exactly one of cdf and topk, got cdf={cdf}, topk={topk}")
+        self.prediction: dict[str, Any] = {
+            "block_q": block_q,
+            "block_k": block_k,
+            "sim_threshold": sim_threshold,
+            "cdf": cdf,
+            "topk": topk,
+        }
+
+    def attend(
+        self, attn: "FlexAttention", query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
+    ) -> Tensor:
+        if attention_mask is not None:
+            raise ValueError(
+                "block-sparse attention takes no attention mask: use it for self-attention of image tokens"
+            )
+        kept = predict_block_map(query, key, **self.prediction)
+        return block_sparse_attention(query, key, value, kept)
+
+
 class FlexAttention(nn.Module, AttentionModuleMixin):
     """Multi-head attention with diffusers' parameter names.
 
@@ -113,7 +171,7 @@ class FlexAttention(nn.Module, AttentionModuleMixin):
     """
 
     _default_processor_cls = FlexAttnProcessor
-    _available_processors = [FlexAttnProcessor]
+    _available_processors = [FlexAttnProcessor, BlockSparseAttnProcessor]
     _supports_qkv_fusion = False
 
     def __init__(
@@ -314,6 +372,34 @@ class FlexDiTBlock(nn.Module):
         return stochastic_depth(branch, self.drop_path, mode="row", training=True)
 
 
+def set_block_sparse_attention(blocks: Iterable[nn.Module], processor: BlockSparseAttnProcessor | None) -> None:
+    """Gives the self-attention of every dense block ('dense' and 'plain') this processor; None: exact attention
+    again. Sparse tokens are few already, and merge and recover blocks need all of them.
+    """
+    for block in blocks:
+        if block.kind in ("dense", "plain"):
+            block.attn1.set_processor(processor or FlexAttnProcessor())  # type: ignore[union-attr, operator]
+
+
+def sdtm_inputs() -> Callable[[nn.Module, Tensor], Tensor | None]:
+    """Keeps the dense tokens that entered the current SDTM: call it before each block with the tokens about to enter;
+    it returns what the block needs as ``dense_states``.
+    """
+    dense: Tensor | None = None
+    previous = ""
+
+    def before(block: nn.Module, hidden_states: Tensor) -> Tensor | None:
+        nonlocal dense, previous
+        opens = block.kind == "merge" and previous != "merge"
+        previous = str(block.kind)
+        if opens:
+            dense = hidden_states
+            return None  # the first merge block pools them itself
+        return dense if previous in ("merge", "recover") else None
+
+    return before
+
+
 def run_blocks(
     blocks: nn.ModuleList,
     hidden_states: Tensor,
@@ -326,18 +412,14 @@ def run_blocks(
     checkpoint: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Dense tokens through all blocks, bottom to top. ``checkpoint(block, *args)`` runs a block when given."""
-    dense: Tensor | None = None
-    previous = ""
+    context = sdtm_inputs()
     for block in blocks:
-        if block.kind == "merge" and previous != "merge":
-            dense = hidden_states  # kept until the end of the SDTM
-            context = None
+        dense = context(block, hidden_states)
+        arguments = (conditioning, encoder_hidden_states, encoder_attention_mask, dense, grid, sparse_grid)
+        if checkpoint is None:
+            hidden_states = block(hidden_states, *arguments)
         else:
-            context = dense if block.kind in ("merge", "recover") else None
-        arguments = (conditioning, encoder_hidden_states, encoder_attention_mask, context, grid, sparse_grid)
-        run = block if checkpoint is None else lambda *a, block=block: checkpoint(block, *a)
-        hidden_states = run(hidden_states, *arguments)
-        previous = block.kind
+            hidden_states = checkpoint(block, hidden_states, *arguments)
     return hidden_states
 
 

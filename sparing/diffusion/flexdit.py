@@ -31,11 +31,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sparing.diffusion import flexdit_keys as keys
-from sparing.diffusion.blocks import FlexDiTBlock, depth_layout, run_blocks
-from sparing.diffusion.density import Density, DensityTable, parse_density
-from sparing.diffusion.density_control import DensityControlled, default_table
+from sparing.diffusion.blocks import FlexDiTBlock, run_blocks
+from sparing.diffusion.density import Density, parse_density
 from sparing.diffusion.flexdit_flops import Count, class_conditional_macs
-from sparing.diffusion.hosting import check_cache_config, fill_exactly, latent_grid
+from sparing.diffusion.hosting import FlexDiTTwin, fill_exactly, latent_grid, twin_of_dense
 from sparing.kernels import ln_modulate
 
 __all__ = ["FlexDiTTransformer2DModel", "published_split"]
@@ -89,9 +88,7 @@ class TimeClassEmbedding(nn.Module):
         return self.timestep_embedder(self.time_proj(timestep).to(dtype)) + self.class_embedder(class_labels)
 
 
-class FlexDiTTransformer2DModel(
-    DensityControlled, ModelMixin, AttentionMixin, CacheMixin, PeftAdapterMixin, ConfigMixin
-):
+class FlexDiTTransformer2DModel(FlexDiTTwin, ModelMixin, AttentionMixin, CacheMixin, PeftAdapterMixin, ConfigMixin):
     """A class-conditional diffusion transformer with dynamic token density, a drop-in for ``DiTTransformer2DModel``.
 
     Args:
@@ -116,7 +113,6 @@ class FlexDiTTransformer2DModel(
     """
 
     method = "flexdit"
-    training = "required"
     _supports_gradient_checkpointing = True
     _supports_group_offloading = True
     _no_split_modules = ["FlexDiTBlock", "PatchEmbed"]
@@ -152,31 +148,11 @@ class FlexDiTTransformer2DModel(
         status: str | None = None,
     ) -> None:
         super().__init__()
-        self.layout = depth_layout(
-            num_layers,
-            num_pooling=num_pooling,
-            num_sdtm=num_sdtm,
-            sdtm_group=sdtm_group,
-            num_dense_top=num_dense_top,
-        )
+        self._configure(num_layers, sample_size=sample_size, patch_size=patch_size, status=status)
         dim = num_attention_heads * attention_head_dim
-        self.out_channels = in_channels if out_channels is None else out_channels
         self.inner_dim, self.gradient_checkpointing = dim, False
-        if sample_size % patch_size:
-            raise ValueError(f"sample_size {sample_size} is not a multiple of patch_size {patch_size}")
-        table = (
-            default_table(self.base_grid)
-            if density_table is None
-            else DensityTable.of(density_table, grid=self.base_grid, num_train_timesteps=num_train_timesteps)
-        )
-        untrained = "converted, not trained" if num_pooling or num_sdtm else "exact"
-        self.register_to_config(
-            density_table=table.to_list(),
-            sdtm_group=list(sdtm_group),
-            out_channels=self.out_channels,
-            status=status or untrained,
-        )
-
+        self.out_channels = in_channels if out_channels is None else out_channels
+        self.register_to_config(out_channels=self.out_channels)
         self.pos_embed = PatchEmbed(
             height=sample_size, width=sample_size, patch_size=patch_size, in_channels=in_channels, embed_dim=dim
         )
@@ -233,25 +209,6 @@ class FlexDiTTransformer2DModel(
 
     # -- facts
 
-    @property
-    def has_sparse_layers(self) -> bool:
-        return bool(self.config.num_pooling or self.config.num_sdtm)
-
-    @property
-    def status(self) -> str:
-        """'exact', 'converted, not trained' or 'trained'; stored in the config."""
-        return self.config.status
-
-    @status.setter
-    def status(self, value: str) -> None:
-        self.register_to_config(status=value)
-
-    @property
-    def knobs(self) -> dict[str, Any]:
-        """Depth layout and density schedule, as JSON."""
-        names = ("num_pooling", "num_sdtm", "sdtm_group", "num_dense_top", "density_table")
-        return {name: self.config[name] for name in names}
-
     def flops(
         self, density: Density | None = None, *, count: Count = "reference", grid: tuple[int, int] | None = None
     ) -> int:
@@ -264,11 +221,7 @@ class FlexDiTTransformer2DModel(
         """
         grid = grid or self.base_grid
         if density is None:
-            total = sum(
-                (end - start) * self.flops(self._scaled((h, w), grid), count=count, grid=grid)
-                for start, end, h, w in self.density_table.ranges()
-            )
-            return round(total / self.config.num_train_timesteps)
+            return self._mean_over_schedule(lambda side: self.flops(side, count=count, grid=grid), grid)
         return class_conditional_macs(
             list(self.layout),
             grid=grid,
@@ -369,16 +322,6 @@ class FlexDiTTransformer2DModel(
         p = self.config.patch_size
         return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=p, q=p)
 
-    def enable_cache(self, config: Any) -> None:
-        """Step caches of diffusers (``FirstBlockCacheConfig``, ``MagCacheConfig``, ...) on top of sparse tokens.
-
-        Raises:
-            ValueError: for a cache that would keep sparse activations while the density changes, or that has no dense
-                first block.
-        """
-        check_cache_config(config, layout=self.layout, constant_density=self.density_table.is_constant)
-        super().enable_cache(config)
-
     # -- from a host
 
     @classmethod
@@ -452,20 +395,22 @@ class FlexDiTTransformer2DModel(
                 class_dropout_prob=class_dropout_prob,
                 pos_embed=state.get("pos_embed"),
             )
-        if check_finite:
-            keys.check_finite(own)
         given = {
             "num_pooling": num_pooling,
             "num_sdtm": num_sdtm,
             "sdtm_group": sdtm_group,
             "num_dense_top": num_dense_top,
         }
-        trained = bool(layout)
-        layout = _complete_split(given, layout, shape)
-        kinds = depth_layout(shape["num_layers"], **layout)
+        split = _complete_split(given, layout, shape)
+        if not layout:
+            return twin_of_dense(
+                cls, own, shape=shape, layout=split, density_table=density_table, check_finite=check_finite
+            )
+        if check_finite:
+            keys.check_finite(own)
         with init_empty_weights(include_buffers=False):
-            model = cls(**shape, **layout, density_table=density_table, status="trained" if trained else None)
-        fill_exactly(model, own if trained else keys.flexdit_from_plain(own, list(kinds)))
+            model = cls(**shape, **split, density_table=density_table, status="trained")
+        fill_exactly(model, own)
         return model
 
     from_dit = from_host

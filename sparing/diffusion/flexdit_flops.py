@@ -8,7 +8,7 @@ published code (V and Proj of a pooling block on all N tokens, both merge maps o
 
 from typing import Literal
 
-__all__ = ["block_macs", "class_conditional_macs"]
+__all__ = ["block_macs", "class_conditional_macs", "text_conditional_macs", "video_macs"]
 
 Count = Literal["reference", "executed"]
 
@@ -84,3 +84,58 @@ def class_conditional_macs(
         block_macs(kind, dense=dense, sparse=sparse, dim=dim, mlp_ratio=mlp_ratio, count=count) for kind in layout
     )
     return embed + final + sum(blocks)
+
+
+def text_conditional_macs(
+    layout: list[str],
+    *,
+    grid: tuple[int, int],
+    side: tuple[int, int],
+    dim: int,
+    patch_size: int,
+    in_channels: int,
+    out_channels: int,
+    text_tokens: int,
+    caption_channels: int | None,
+    count: Count = "executed",
+) -> int:
+    """Multiply-accumulates of one forward of the PixArt variant for one image and ``text_tokens`` text tokens."""
+    dense, sparse = grid[0] * grid[1], side[0] * side[1]
+    area = patch_size * patch_size
+    embed = dense * dim * area * in_channels + 256 * dim + dim * dim + 6 * dim * dim
+    caption = 0 if caption_channels is None else text_tokens * (caption_channels * dim + dim * dim)
+    blocks = (
+        block_macs(kind, dense=dense, sparse=sparse, dim=dim, modulated=False, text_tokens=text_tokens, count=count)
+        for kind in layout
+    )
+    return embed + caption + dense * dim * area * out_channels + sum(blocks)
+
+
+def video_macs(
+    layout: list[str],
+    *,
+    grid: tuple[int, int],
+    side: tuple[int, int],
+    frames: int,
+    dim: int,
+    patch_size: int,
+    in_channels: int,
+    out_channels: int,
+    text_tokens: int = 0,
+    caption_channels: int = 4096,
+    count: Count = "executed",
+) -> int:
+    """Multiply-accumulates of one forward of the video variant: spatial blocks once a frame, temporal ones once a
+    position.
+    """
+    dense, sparse = grid[0] * grid[1], side[0] * side[1]
+    area = patch_size * patch_size
+    total = frames * dense * dim * area * (in_channels + out_channels) + 256 * dim + dim * dim + 6 * dim * dim
+    total += text_tokens * (caption_channels * dim + dim * dim)
+    along = block_macs("plain", dense=frames, sparse=frames, dim=dim, modulated=False)
+    for kind in layout:
+        spatial = block_macs(
+            kind, dense=dense, sparse=sparse, dim=dim, modulated=False, text_tokens=text_tokens, count=count
+        )
+        total += frames * spatial + (sparse if kind in ("merge", "sparse") else dense) * along
+    return total

@@ -192,11 +192,15 @@ _add(
     loader="keys only",
 )
 METHODS["flexdit"] = "sparing.diffusion.flexdit:FlexDiTTransformer2DModel"
-CLASSES["FlexDiTTransformer2DModel"] = METHODS["flexdit"]
+METHODS["flexdit_pixart"] = "sparing.diffusion.flexdit_pixart:FlexDiTPixArtTransformer2DModel"
+METHODS["flexdit_video"] = "sparing.diffusion.flexdit_video:FlexDiTVideoTransformer3DModel"
+for _method in ("flexdit", "flexdit_pixart", "flexdit_video"):
+    CLASSES[METHODS[_method].partition(":")[2]] = METHODS[_method]
 PAPERS["flexdit"] = (
     "Chang et al., SparseDiT: Token Sparsification for Efficient Diffusion Transformer (first version: FlexDiT), "
     "NeurIPS 2025 (arXiv:2412.06028)"
 )
+PAPERS["flexdit_pixart"] = PAPERS["flexdit_video"] = PAPERS["flexdit"]
 
 # -- continual inference. Keys follow the published checkpoints; none of them could be loaded here.
 _add(
