@@ -27,6 +27,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sparing.training.seeding import sample_keys
+
 __all__ = ["PUBLISHED_RATES", "DensityTable", "DensityTimestepSampler", "parse_density", "pruning_rate", "sparse_side"]
 
 Side = tuple[int, int]
@@ -312,24 +314,25 @@ class DensityTimestepSampler:
         total = self.table.num_train_timesteps
         return total * self.rank // self.world_size, total * (self.rank + 1) // self.world_size
 
-    def _range(self, step: int) -> tuple[int, int]:
-        """[start, end) of the timesteps of this step: the part of the slice inside one entry."""
+    def bucket(self, step: int) -> tuple[int, int, Side | None]:
+        """``(start, end, side)``: the timesteps [start, end) that ``step`` draws from and their common grid (None in
+        mode 'mixed').
+        """
         low, high = self._slice()
         if self.mode == "mixed":
-            return low, high
+            return low, high, None
         # One uniform timestep decides the entry: it falls into an entry with probability proportional to its length.
         shared_rank = self.rank if self.mode == "piecewise" else 0
         pick = int(torch.randint(low, high, (1,), generator=_generator(self.seed, step, 2 * shared_rank)).item())
-        start, end, _, _ = self.table.ranges()[self.table.index(pick)]
-        return max(low, start), min(high, end)
+        start, end, *side = self.table.ranges()[self.table.index(pick)]
+        return max(low, start), min(high, end), (side[0], side[1])
 
     def sample(self, batch_size: int, *, step: int) -> tuple[Tensor, Side | None]:
         """``batch_size`` timesteps (int64, on the CPU) and their common grid; the grid is None in mode 'mixed'."""
-        low, high = self._range(step)
-        timesteps = torch.randint(low, high, (batch_size,), generator=_generator(self.seed, step, 2 * self.rank + 1))
-        return timesteps, None if self.mode == "mixed" else self.table.side(low)
+        low, high, side = self.bucket(step)
+        generator = _generator(self.seed, step, 2 * self.rank + 1)
+        return torch.randint(low, high, (batch_size,), generator=generator), side
 
 
 def _generator(seed: int, step: int, stream: int) -> torch.Generator:
-    # Python's hash of a tuple of ints is a fixed function: neighbouring steps are unrelated, runs and ranks agree.
-    return torch.Generator().manual_seed(hash((seed, step, stream)) & 0x7FFF_FFFF_FFFF_FFFF)
+    return torch.Generator().manual_seed(int(sample_keys(seed, step, [0], stream=stream)[0] >> 1))
