@@ -312,12 +312,6 @@ class SemanticTokenViT(Twin, VisionTransformer):
         """timm's names and the global centers."""
         return super().no_weight_decay() | {"global_centers"}
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's groups; the twin's new parameters stand with the last norm, where layer-wise decay is weakest."""
-        groups = super().group_matcher(coarse)
-        return {**groups, "blocks": [*groups["blocks"], (r"^center_pooling|^global_centers", (99999,))]}
-
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """timm's: new image or patch size. The number of semantic tokens stays.
 

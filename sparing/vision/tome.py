@@ -123,19 +123,18 @@ def match_tokens(metric: Tensor, r: int, *, protected: int = 0) -> TokenMerge | 
     r = min(r, (tokens - protected) // 2)
     if r <= 0:
         return None
-    with torch.no_grad():
-        metric = metric.float()
-        metric = metric / metric.norm(dim=-1, keepdim=True)
-        scores = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
-        in_a, in_b = (protected + 1) // 2, protected // 2
-        scores[:, :in_a] = float("-inf")
-        scores[:, :, :in_b] = float("-inf")
-        best, partner = scores.max(dim=-1)
-        order = best.argsort(dim=-1, descending=True)
-        merged, kept = order[:, :r], order[:, r:]
-        if protected:  # -inf rows must lead again
-            kept = kept.sort(dim=-1).values
-        return TokenMerge(kept, merged, partner.gather(1, merged), tokens, protected)
+    metric = metric.detach().float()
+    metric = metric / metric.norm(dim=-1, keepdim=True)
+    scores = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
+    in_a, in_b = (protected + 1) // 2, protected // 2
+    scores[:, :in_a] = float("-inf")
+    scores[:, :, :in_b] = float("-inf")
+    best, partner = scores.max(dim=-1)
+    order = best.argsort(dim=-1, descending=True)
+    merged, kept = order[:, :r], order[:, r:]
+    if protected:  # -inf rows must lead again
+        kept = kept.sort(dim=-1).values
+    return TokenMerge(kept, merged, partner.gather(1, merged), tokens, protected)
 
 
 def merge_schedule(r: Rate, depth: int) -> list[int]:
