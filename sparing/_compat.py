@@ -47,3 +47,39 @@ def dispatch_attention(query: Any, key: Any, value: Any, *, attention_mask: Any 
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=attention_mask, backend=backend
     )
     return out.transpose(1, 2)
+
+
+def register_attention_backend(name: str, function: Any) -> Any:
+    """Adds a backend to diffusers' attention registry, once, and returns its enum member.
+
+    Afterwards ``model.set_attention_backend(name)`` and ``with attention_backend(name)`` know it. The registry is
+    keyed by an enumeration that is closed to outsiders, so the member is added to it by hand.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    if name not in AttentionBackendName._value2member_map_:
+        member = str.__new__(AttentionBackendName, name)
+        member._name_, member._value_ = name.upper(), name
+        AttentionBackendName._member_map_[member._name_] = member
+        AttentionBackendName._value2member_map_[name] = member
+        AttentionBackendName._member_names_.append(member._name_)
+        _AttentionBackendRegistry.register(member)(function)
+    return AttentionBackendName(name)
+
+
+def call_attention_backend(backend: Any, **arguments: Any) -> Any:
+    """diffusers' dispatcher with its own arguments, on ``backend`` or, when that is None, on the active one.
+
+    A backend of ours that is itself the active one falls to the native one, since it would call itself.
+    """
+    from diffusers.models.attention_dispatch import (
+        AttentionBackendName,
+        _AttentionBackendRegistry,
+        dispatch_attention_fn,
+    )
+
+    if backend is None:
+        backend, _ = _AttentionBackendRegistry.get_active_backend()
+    if str(getattr(backend, "value", backend)).startswith("sparing_"):
+        backend = AttentionBackendName.NATIVE
+    return dispatch_attention_fn(**arguments, backend=backend)

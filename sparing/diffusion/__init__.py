@@ -17,7 +17,11 @@ _HOMES = {
     "FlexDiTTransformer2DModel": "flexdit",
     "FlexDiTVideoTransformer3DModel": "flexdit_video",
     "RespacedScheduler": "respaced",
+    "SparseThresholds": "sparse_attention",
+    "apply_sparse": "sparse_attention",
+    "calibrate_sparse": "sparse_calibration",
     "guided": "pipelines",
+    "measure_sparse": "sparse_calibration",
     "training_losses": "losses",
 }
 

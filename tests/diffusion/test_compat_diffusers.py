@@ -34,3 +34,19 @@ def test_the_dispatcher_is_fed_in_its_own_layout():
     want = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     got = _compat.dispatch_attention(q, k, v, attention_mask=mask, backend="native")
     torch.testing.assert_close(got, want)
+
+
+def test_a_backend_of_ours_is_known_to_diffusers_and_falls_to_the_native_one_outside_its_context():
+    from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+
+    from sparing.diffusion.sparse_attention import BACKEND, _backend
+
+    member = _compat.register_attention_backend(BACKEND, _backend)
+    assert member is _compat.register_attention_backend(BACKEND, _backend)
+    assert member is AttentionBackendName("sparing_sparse")
+    q, k, v = (torch.randn(2, 9, 3, 8, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    want = dispatch_attention_fn(q, k, v, backend="native")
+    torch.testing.assert_close(dispatch_attention_fn(q, k, v, backend=BACKEND), want)
+    with attention_backend(BACKEND):
+        torch.testing.assert_close(dispatch_attention_fn(q, k, v), want)
+    assert _compat.active_attention_backend() is None
