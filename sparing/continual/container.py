@@ -135,10 +135,12 @@ class Branches(Continual):
             gap = slow.first_output - span.first_output
             if gap == 0:
                 continue
-            steps = (
-                gap if align == "input" else branch_delay(slow, span, name=f"branch {index} of {type(self).__name__}")
-            )
-            self._modules[f"wait{index}"] = Delay(steps)
+            name = f"branch {index} of {type(self).__name__}"
+            steps = gap if align == "input" else branch_delay(slow, span, name=name)
+            # Where the slow branch loses frames of a clip that this one keeps, they are the last ones.
+            lost = [s.first_output - s.padding for s in (slow, span)]
+            kept_back = max(lost[0] - lost[1], 0) if span.stride == 1 else 0
+            self._modules[f"wait{index}"] = Delay(steps, flush=max(steps - kept_back, 0))
         self._where = align
         assert whole.first_output == slow.first_output
 
@@ -302,7 +304,7 @@ class Residual(Branches, nn.Module):
         main = self.main_span()
         self.crop = residual_crop(main, shrink)
         beside = sequence_span(span_of(module) for _, module in self.branches()[1])
-        lost = [span.receptive_field - 1 - 2 * span.padding for span in (main, beside)]
+        lost = [span.first_output - span.padding for span in (main, beside)]
         if self.crop is None and main.stride == 1 and lost[0] != lost[1]:
             raise ValueError(
                 f"the module loses {lost[0]} frames of a clip and the shortcut {lost[1]}: "

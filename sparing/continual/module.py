@@ -117,6 +117,7 @@ class Continual:
         """
         if streams < 1:
             raise ValueError(f"streams must be at least 1, got {streams}")
+        self.span()  # known from here on, so that a compiled step need not work it out
         parameter = next(iter(self.parameters()), None)
         dtype = dtype or (parameter.dtype if parameter is not None else torch.get_default_dtype())
         device = device or (parameter.device if parameter is not None else "cpu")
@@ -307,3 +308,20 @@ class Stream:
 def emits_now(tick: Tick, span: Span) -> bool:
     """Lock-step: whether a layer of this span speaks at this frame."""
     return first_emission(tick, span) == 0
+
+
+def over_stream(module: Continual, x: Tensor) -> Tensor:
+    """What a module says over the whole stream x (N, C, T, ...), steps and flush together; differentiable.
+
+    Raises:
+        ValueError: when the stream is too short for it to say anything.
+    """
+
+    def make(shape: tuple[int, ...], dtype: torch.dtype | None = None, fill: float = 0.0) -> Tensor:
+        return x.new_full(shape, fill, dtype=dtype or x.dtype)
+
+    memory, _ = module._memory(x.shape[0], (x.shape[1], *x.shape[3:]), make)
+    y, _ = module._steps(x, memory, Tick(0), True)
+    if y is None:
+        raise ValueError(f"the stream has {x.shape[2]} frames, too few for {type(module).__name__} to say anything")
+    return y

@@ -193,7 +193,7 @@ class _AvgPool(TemporalPool, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, T, ...) to (N, C, T', ...)."""
-        if self.dilation == 1:
+        if self.dilation == 1 and 2 * self.padding[0] <= self.kernel_size[0]:  # torch refuses wider padding
             return _AVERAGE[self.dims](
                 x, self.kernel_size, self.stride, self.padding, count_include_pad=self.counts_padding
             )

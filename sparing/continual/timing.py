@@ -79,7 +79,9 @@ def parallel_span(spans: Iterable[Span]) -> Span:
     if len(strides) != 1:
         raise ValueError(f"parallel branches need one total temporal stride, got {strides}")
     field = max(span.receptive_field for span in spans)
-    slowest = max(spans, key=lambda span: span.first_output)
+    slowest = spans[0]
+    for span in spans[1:]:
+        slowest = span if span.first_output > slowest.first_output else slowest
     return Span(field, strides[0], max(span.padding for span in spans), slowest.delay, slowest.first_output)
 
 

@@ -219,3 +219,28 @@ PAPERS["continual"] = (
     "Hedegaard and Iosifidis, Continual 3D Convolutional Neural Networks, ECCV 2022 (arXiv:2106.00050); Hedegaard et "
     "al., Continual Transformers, ICLR 2023 (arXiv:2201.06268)"
 )
+_add(
+    "sparing.continual.x3d",
+    "video-classification",
+    "continual",
+    {f"co_x3d_{_size}": {"params": 6153432 if _size == "l" else 3794322} for _size in ("xs", "s", "m", "l")},
+    loader="keys only",
+)
+_add(
+    "sparing.continual.resnet3d",
+    "video-classification",
+    "continual",
+    {"co_slow_r50": {"params": 32454096}, "co_i3d_r50": {"params": 28043472}},
+    loader="keys only",
+)
+_add(
+    "sparing.continual.skeleton",
+    "skeleton-action-recognition",
+    "continual",
+    {
+        f"{_name}{_star}": {"params": _params}
+        for _name, _params in (("co_st_gcn", 3141478), ("co_agcn", 3469510), ("co_s_tr", 3073345))
+        for _star in ("", "_star")
+    },
+    loader="keys only",
+)

@@ -27,7 +27,6 @@ from torch import Tensor
 # Folders whose issue is not done yet. A later issue removes its line here and adds the adapter of that name.
 NOT_YET: dict[str, str] = {
     "albef_evilm": "ALBEF and E-ViLM",
-    "continual": "Continual inference",
     "genau_autocap": "GenAu and AutoCap",
     "mue": "MuE early exiting",
     "noise_search": "Diffusion noise search",

@@ -4,10 +4,12 @@ beside).
 
 import re
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from golden.adapters import continual_networks, continual_pruning
 from golden.harness import Case, CaseFile, Expected
 from sparing import continual as co
 from sparing.continual import oadtr
@@ -292,6 +294,8 @@ BUILDERS = {
     "recycling_positional_encoding": recycling_positions,
     "cyclic_position_table": cyclic_position_table,
     "cooadtr": cooadtr,
+    **continual_pruning.BUILDERS,
+    **{kind: partial(build_network, streamed=streamed) for kind, build_network in continual_networks.BUILDERS.items()},
     "continual_conv": conv,
     "continual_pool": pool,
     "continual_adaptive_pool": adaptive_pool,
