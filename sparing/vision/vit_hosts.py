@@ -104,7 +104,8 @@ def adopt(twin: nn.Module, host: nn.Module) -> None:
     ``host`` must be a copy that nobody else uses.
     """
     nn.Module.__init__(twin)
-    twin.__dict__.update(host.__dict__)
+    # A host that was compiled in place calls its own compiled forward; the twin has another.
+    twin.__dict__.update({k: v for k, v in vars(host).items() if k != "_compiled_call_impl"})
 
 
 def drop_prefix_tokens(vit: VisionTransformer) -> None:

@@ -305,3 +305,13 @@ def test_one_image_alone_is_the_image_in_a_batch():
     twin = twin_of(small_host("clip"))
     images = images_for(twin, batch=3)
     torch.testing.assert_close(twin(images[1:2]), twin(images)[1:2], atol=1e-5, rtol=1e-5)
+
+
+def test_a_host_that_was_compiled_in_place_gives_its_modules_and_not_its_compiled_call():
+    host = small_host("deit")
+    images = images_for(host)
+    expected = SemanticTokenViT.from_host(host, num_tokens=9).eval()
+    host.compile(backend="eager")
+    for twin in (SemanticTokenViT.from_host(host, num_tokens=9).eval(), SemanticTokenViT(host, num_tokens=9).eval()):
+        twin.load_state_dict(expected.state_dict())
+        torch.testing.assert_close(twin(images), expected(images))
