@@ -163,6 +163,28 @@ for _column, _method in enumerate(("stvit", "tome")):
             derived_from=f"timm/{_host}",
         )
 
+# -- vision: STViT-R on Swin. Published files load by name; none of them could be loaded here.
+_add(
+    "sparing.vision.stvit_r",
+    "image-classification",
+    "stvit_r",
+    {
+        f"stvit_r_swin_{_size}_patch4_window7_224": {
+            "host": f"timm/swin_{_size}_patch4_window7_224",
+            "params": _params,
+            "loader": _loader,
+        }
+        for _size, _params, _loader in (
+            ("tiny", 28_320_214, "untested"),
+            ("small", 49_625_518, "keys only"),
+            ("base", 87_812_336, "keys only"),
+        )
+    },
+    notes="published files (csncsn/STViT-R on the hub) load by sparing.vision.stvit_r.load_reference",
+)
+METHODS["stvit_r"] = "sparing.vision.stvit_r:STViTR"
+PAPERS["stvit_r"] = PAPERS["stvit"]
+
 # -- diffusion: FlexDiT. Only DiT-XL/2 is published as a dense host (its weights: CC-BY-NC); no FlexDiT weights are.
 _XL = {"license_weights": "cc-by-nc-4.0", "license_data": _IMAGENET}
 _add(

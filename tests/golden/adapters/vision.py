@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from golden.adapters import vision_stvit, vision_tome
+from golden.adapters import vision_stvit, vision_stvit_r, vision_tome
 from golden.harness import Case, CaseFile
 
-GROUPS = (vision_stvit, vision_tome)
-# Kinds whose methods are not built yet; whoever builds one removes its line here.
-NOT_YET_KINDS = ("stvit_r_swin_classifier", "stvit_r_swin_backbone")
+GROUPS = (vision_stvit, vision_stvit_r, vision_tome)
 
 BUILDERS: dict[str, Callable[[Case], dict[str, Tensor]]] = {
     kind: builder for group in GROUPS for kind, builder in group.BUILDERS.items()
@@ -20,8 +18,6 @@ BUILDERS: dict[str, Callable[[Case], dict[str, Tensor]]] = {
 
 def cases(case_file: CaseFile) -> Iterable[Case]:
     kind = case_file.spec["model"]
-    if kind in NOT_YET_KINDS:
-        return
     if kind not in BUILDERS:  # the harness fails it by name
         yield Case(f"{case_file.folder}/{case_file.name}", kind, {}, {}, {}, {})
     for group in GROUPS:
