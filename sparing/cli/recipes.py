@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from sparing.cli.app import app
+from sparing.cli.options import JsonFile, write_json
 
 recipes = typer.Typer(help="List the recipes, or copy one to change it.", invoke_without_command=True)
 app.add_typer(recipes, name="recipes")
@@ -19,11 +20,13 @@ def _recipes(context: typer.Context) -> None:
 
 
 @recipes.command("list")
-def list_all() -> None:
+def list_all(json_file: JsonFile = None) -> None:
     """List the recipes."""
     from sparing.recipes.catalog import list_recipes
 
     found = list_recipes()
+    if write_json([{"name": recipe.name, "summary": recipe.summary} for recipe in found], json_file):
+        return
     width = max((len(recipe.name) for recipe in found), default=0)
     for recipe in found:
         print(f"{recipe.name:<{width}}  {recipe.summary}")

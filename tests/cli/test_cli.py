@@ -189,6 +189,9 @@ def test_recipes_are_listed_and_copied_without_overwriting(tmp_path, monkeypatch
         ["cook_fish", "Cook a fish."]
     ]
     assert run("recipes").stdout == run("recipes", "list").stdout
+    assert json.loads(run("recipes", "list", "--json", "-").stdout) == [
+        {"name": "cook_fish", "summary": "Cook a fish."}
+    ]
     assert run("recipes", "copy", "cook_fish", tmp_path / "mine").exit_code == 0
     assert (tmp_path / "mine" / "cook_fish.py").read_text() == (tmp_path / "cook_fish.py").read_text()
     assert "is there already" in fails("recipes", "copy", "cook_fish", tmp_path / "mine")
