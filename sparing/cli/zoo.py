@@ -76,7 +76,7 @@ def compare(
     twin: Twins = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Published weights of every model.")] = False,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the random images; default: the first model's.")
+        int | None, typer.Option(min=1, help="Side of the images or latents; default: the first's.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a forward.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 10,
@@ -88,7 +88,7 @@ def compare(
         Path | None, typer.Option(metavar="FILE", help="Draw FLOPs and time as shares of the first.")
     ] = None,
 ) -> None:
-    """Measure models and twins interleaved in one run, on random images."""
+    """Measure models and twins interleaved in one run, on random images or latents."""
     from sparing.zoo.compare import create_all
 
     members, random = create_all(names, pretrained=pretrained, device=parse_device(device), dtype=parse_dtype(dtype))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from sparing.media.image import find_images, read_image
 from sparing.zoo.compare import feature_cosine, pooled_features, status_of, top1_agreement
 from sparing.zoo.hosts import as_dict, is_saved_name
-from sparing.zoo.profile import evaluation, placement
+from sparing.zoo.inputs import placement
+from sparing.zoo.profile import evaluation
 from sparing.zoo.registry import create_model
 
 
@@ -76,7 +77,7 @@ def classify(
     cfg = _pretrained_cfg(model)
     settings = resolve_data_config(pretrained_cfg=cfg, model=model)
     transform = create_transform(**settings, is_training=False)
-    device, dtype = placement(model, ())
+    device, dtype = placement(model)
     models = [model] if host is None else [model, host]
     predictions: list[Prediction] = []
     failures: list[tuple[str, str]] = []

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 import sparing
 from sparing.zoo.hosts import is_saved_name
+from sparing.zoo.inputs import example_call, placement
 from sparing.zoo.profile import (
     Profile,
     assemble,
     device_name,
     evaluation,
-    example_input,
     measure_latency,
-    placement,
     spread,
 )
 from sparing.zoo.registry import create_model
@@ -154,10 +153,10 @@ def compare(
     Args:
         models: the first is what the others are held against. Live modules, a mapping from the names to print to live
             modules, or names (see :func:`create_all`; those without weights are compared by cost only).
-        inputs: a tensor, or the tuple of positional arguments of every forward; None makes one random image of the
-            size that the first model's ``pretrained_cfg`` names. Agreement on random input says little about
-            agreement on images.
-        batch: number of random images when no inputs are given; ``image_size`` their side.
+        inputs: a tensor, or the tuple of positional arguments of every forward; with none (and no ``kwargs``), random
+            ones that suit the first model (:func:`sparing.zoo.inputs.example_call`). Agreement on random input says
+            little about images.
+        batch: number of random samples when no inputs are given; ``image_size`` their side.
         kwargs: keyword arguments of every forward.
         repeats: interleaved rounds; ``warmup`` of them before.
         measure: False counts parameters and FLOPs and compares outputs, but takes no times.
@@ -179,11 +178,13 @@ def compare(
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
     names, modules = list(named), list(named.values())
-    drawn = inputs is None
-    if inputs is None:
-        inputs = example_input(modules[0], batch=batch, image_size=image_size)
-    arguments = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    drawn = inputs is None and kwargs is None
+    arguments: tuple[Any, ...]
     call = dict(kwargs or {})
+    if inputs is None and kwargs is None:
+        arguments, call = example_call(modules[0], batch=batch, image_size=image_size)
+    else:
+        arguments = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs or ())
     device, _ = placement(modules[0], arguments)
     outputs = [
         (None, None) if name in cost_only else _outputs(module, arguments, call) for name, module in named.items()

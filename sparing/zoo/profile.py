@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparing.zoo.inputs import batch_size, example_call, placement
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
@@ -74,19 +76,20 @@ def profile(
 
     Args:
         model: any module; its mode is restored.
-        inputs: what the forward takes; with none, one random image of the size in the model's ``pretrained_cfg``.
+        inputs: what the forward takes; with none, what :func:`sparing.zoo.inputs.example_call` makes.
         kwargs: keyword arguments of the forward.
         repeats: timed runs.
         warmup: runs before them.
         measure: False only counts parameters and FLOPs.
 
     Raises:
-        ValueError: no inputs and no ``pretrained_cfg`` to make one from, or ``repeats`` below 1.
+        ValueError: no inputs, and the model does not say what it takes; or ``repeats`` below 1.
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
-    inputs = inputs or (example_input(model),)
     call = dict(kwargs or {})
+    if not inputs and not call:
+        inputs, call = example_call(model)
     seconds: list[float] = []
     if measure:
         device, _ = placement(model, inputs)
@@ -259,58 +262,9 @@ def evaluation(*models: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def example_input(model: nn.Module, *, batch: int = 1, image_size: int | None = None, seed: int = 0) -> Tensor:
-    """Random images ``(batch, channels, height, width)`` of the size that the model's ``pretrained_cfg`` names, on
-    its device.
-
-    Raises:
-        ValueError: the model does not say what it takes, or takes one size only and it is not this.
-    """
-    cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    size = (cfg.get("input_size") if hasattr(cfg, "get") else None) or (
-        (3, image_size, image_size) if image_size else None
-    )
-    if size is None:
-        raise ValueError(f"{type(model).__name__} has no pretrained_cfg with an input_size: give inputs")
-    channels, height, width = size
-    if image_size is not None:
-        height = width = image_size
-    _check_image_size(model, (height, width))
-    device, dtype = placement(model, ())
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, channels, height, width, generator=generator).to(device=device, dtype=dtype)
-
-
-def _check_image_size(model: nn.Module, size: tuple[int, int]) -> None:
-    """Refuses a size that a timm-style model with a fixed position embedding cannot take."""
-    embedding: Any = getattr(model, "patch_embed", None)
-    fixed = getattr(embedding, "img_size", None) if getattr(embedding, "strict_img_size", False) else None
-    if fixed is not None and tuple(fixed) != size:
-        raise ValueError(
-            f"this {type(model).__name__} takes {fixed[0]} x {fixed[1]} images only, got {size[0]} x {size[1]}; "
-            "create it with img_size=... or dynamic_img_size=True"
-        )
-
-
-def placement(model: nn.Module, inputs: Sequence[Any]) -> tuple[torch.device, torch.dtype]:
-    """Device and floating-point type of a model: of its first floating tensor, else of its inputs."""
-    for tensor in (*model.parameters(), *model.buffers(), *inputs):
-        if isinstance(tensor, Tensor) and tensor.is_floating_point():
-            return tensor.device, tensor.dtype
-    return torch.device("cpu"), torch.get_default_dtype()
-
-
 def device_name(device: torch.device) -> str:
     """The device in words: its type, and the card's name on CUDA."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def batch_size(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Length of the first tensor argument."""
-    for value in (*inputs, *kwargs.values()):
-        if isinstance(value, Tensor) and value.ndim:
-            return value.shape[0]
-    return 1
 
 
 def spread(values: Sequence[float]) -> float:
