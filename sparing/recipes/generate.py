@@ -1,0 +1,175 @@
+"""Generate images of given classes with a DiT or FlexDiT, and write them as one sheet.
+
+    python -m sparing.recipes.generate --model runs/flexdit --classes 0 1 2 3 --steps 20 --density 3 --out sheet.png
+
+``--model`` is a folder of a transformer (``sparing.load`` reads it; a pixel-space one is complete, a latent one needs
+``--vae``) or of a whole pipeline, a diffusers ``DiTPipeline`` included. The same function is ``sparing generate``.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+import sparing
+from sparing.diffusion.pipelines import FlexDiTPipeline
+from sparing.diffusion.respaced import RespacedScheduler
+from sparing.media.image import write_image
+
+__all__ = ["generate", "open_pipeline"]
+
+
+def open_pipeline(model: str | Path | nn.Module | FlexDiTPipeline, *, vae: str | Path | None = None) -> FlexDiTPipeline:
+    """A pipeline from a live transformer or pipeline, or a folder of either.
+
+    Raises:
+        ValueError: a latent-space model without a VAE, or a folder that holds neither.
+        FileNotFoundError: no such folder.
+    """
+    if isinstance(model, FlexDiTPipeline):
+        return model
+    if isinstance(model, (str, Path)) and (Path(model) / "model_index.json").exists():
+        from diffusers import DiffusionPipeline
+
+        stored: Any = DiffusionPipeline.from_pretrained(str(model))
+        if "transformer" not in stored.components or "text_encoder" in stored.components:
+            raise ValueError(
+                f"{str(model)!r} is a {type(stored).__name__}; generate takes class-conditional transformers"
+            )
+        names = {index: name for name, index in stored.labels.items()}
+        return FlexDiTPipeline(stored.transformer, stored.scheduler, vae=stored.vae, id2label=names or None)
+    transformer: Any = sparing.load(model) if isinstance(model, (str, Path)) else model
+    decoder = None
+    if vae is not None:
+        from diffusers import AutoencoderKL
+
+        decoder = AutoencoderKL.from_pretrained(str(vae))
+    elif transformer.config.in_channels not in (1, 3):
+        raise ValueError(
+            f"this model works on latents of {transformer.config.in_channels} channels: pass vae, the folder of its "
+            f"decoder"
+        )
+    return FlexDiTPipeline(transformer.eval(), RespacedScheduler(), vae=decoder)
+
+
+def generate(
+    model: str | Path | nn.Module | FlexDiTPipeline,
+    classes: Sequence[int | str],
+    *,
+    out: str | Path | None = None,
+    steps: int = 50,
+    density: Any = None,
+    guidance_scale: float = 4.0,
+    guidance_channels: int | None = None,
+    per_class: int = 1,
+    batch_size: int = 16,
+    seed: int = 0,
+    vae: str | Path | None = None,
+    device: str | None = None,
+    enlarge: int = 1,
+) -> dict[str, Any]:
+    """Images of classes, one row a class when ``per_class`` is above 1.
+
+    Args:
+        model: see :func:`open_pipeline`.
+        classes: class indices (or names, when the pipeline knows them).
+        out: image file for the sheet; None writes nothing.
+        steps: denoiser steps.
+        density: one sparse grid for all steps; None: the model's own schedule.
+        guidance_scale: 1 or less: no guidance.
+        guidance_channels: as in :class:`sparing.diffusion.FlexDiTPipeline`.
+        per_class: images of each class.
+        batch_size: images a forward (twice that in samples with guidance).
+        seed: image i starts from noise seeded by (seed, i), whatever the batch size.
+        vae: decoder of a latent-space model.
+        device: where to run; where the model is when None.
+        enlarge: each pixel becomes this many, for small images.
+
+    Returns:
+        ``images (count, channels, H, W)`` in [0, 1], ``status`` of the model, ``out`` (the file or None) and ``seeds``.
+
+    Raises:
+        ValueError: a class, density or number that is not possible.
+    """
+    for name, number in (("steps", steps), ("per_class", per_class), ("batch_size", batch_size), ("enlarge", enlarge)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    pipeline = open_pipeline(model, vae=vae)
+    if device is not None:
+        pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=not sys.stderr.isatty())
+    labels = [label for label in classes for _ in range(per_class)]
+    seeds = [seed * 1_000_003 + i for i in range(len(labels))]
+    parts = []
+    for start in range(0, len(labels), batch_size):
+        chunk = slice(start, start + batch_size)
+        parts.append(
+            pipeline(
+                labels[chunk],
+                guidance_scale=guidance_scale,
+                guidance_channels=guidance_channels,
+                num_inference_steps=steps,
+                generator=[torch.Generator().manual_seed(s) for s in seeds[chunk]],
+                density=density,
+                output_type="pt",
+            ).images.cpu()
+        )
+    if not parts:
+        raise ValueError("classes is empty; give at least one class")
+    images = torch.cat(parts)
+    if out is not None:
+        sheet = images.repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
+        columns = per_class if per_class > 1 else min(len(labels), 8)
+        picture = to_pil_image(make_grid(sheet, nrow=columns, padding=2, pad_value=1.0))
+        out = write_image(picture, out)
+    status = getattr(pipeline.transformer, "status", "dense")
+    return {"images": images, "status": status, "out": out, "seeds": seeds}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to generate."""
+
+    model: str = field(metadata={"help": "folder of a transformer or of a pipeline"})
+    classes: list[str] = field(metadata={"help": "class indices or names"})
+    out: str = field(metadata={"help": "image file of the sheet"})
+    steps: int = field(default=50, metadata={"help": "denoiser steps"})
+    density: str = field(default="", metadata={"help": "side, 'HxW', share or 'all'; the model's schedule if empty"})
+    guidance_scale: float = field(default=4.0, metadata={"help": "1 = no guidance"})
+    per_class: int = field(default=1, metadata={"help": "images of each class"})
+    batch_size: int = field(default=16, metadata={"help": "images a forward"})
+    seed: int = field(default=0, metadata={"help": "of the starting noise"})
+    vae: str = field(default="", metadata={"help": "folder of the decoder of a latent-space model"})
+    device: str = field(default="", metadata={"help": "cpu, cuda, ..."})
+    enlarge: int = field(default=1, metadata={"help": "each pixel becomes this many"})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; see ``--help``."""
+    from dataclasses import asdict
+
+    from transformers import HfArgumentParser
+
+    (wanted,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses(arguments)
+    given = asdict(wanted)
+    model, classes = given.pop("model"), [int(c) if c.lstrip("-").isdigit() else c for c in given.pop("classes")]
+    for name in ("density", "vae", "device"):
+        given[name] = given[name] or None
+    try:
+        made = generate(model, classes, **given)
+    except (ValueError, TypeError, OSError, json.JSONDecodeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(made['images'])} images in {made['out']} (model: {made['status']})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

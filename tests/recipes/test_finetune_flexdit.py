@@ -1,0 +1,137 @@
+"""The FlexDiT recipe: one density a step, resume to the bit, latents and images, errors in one line."""
+
+import json
+
+import pytest
+import torch
+from diffusion.conftest import build_flexdit, build_host
+from PIL import Image
+from safetensors.torch import save_file
+
+from sparing.diffusion.flexdit import FlexDiTTransformer2DModel
+from sparing.recipes import finetune_flexdit as recipe
+from sparing.recipes.finetune_flexdit import FlexDiTSettings, LatentBatches, default_fit_settings, finetune
+
+LAYOUT = {"num_layers": 6, "num_sdtm": 1, "sample_size": 8}
+TABLE = [(0, 3), (400, 2)]
+
+
+def _model(**kwargs) -> FlexDiTTransformer2DModel:
+    return build_flexdit(**{**LAYOUT, "density_table": TABLE, **kwargs})
+
+
+def _latents(count: int = 24) -> LatentBatches:
+    generator = torch.Generator().manual_seed(0)
+    return LatentBatches(torch.randn(count, 4, 8, 8, generator=generator), torch.arange(count) % 10)
+
+
+def _settings(**changes):
+    return default_fit_settings(**{"epochs": 2, "batch_size": 8, "lr": 1e-3, "ema_decay": 0.9, **changes})
+
+
+def test_training_writes_a_trained_model_and_lowers_the_loss(tmp_path):
+    settings = _settings(epochs=8, ema_decay=0.0)
+    metrics = finetune(_model(), _latents(), out=tmp_path, fit_settings=settings)
+    losses = [record["loss"] for record in metrics["history"]]
+    assert sum(losses[-2:]) < sum(losses[:2])
+    saved = FlexDiTTransformer2DModel.from_pretrained(tmp_path)
+    assert saved.status == "trained"
+    assert saved.density_table.entries == ((0, 3, 3), (400, 2, 2))
+    assert json.loads((tmp_path / "metrics.json").read_text())["samples"] == 24
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_every_step_trains_one_density_at_timesteps_of_its_bucket(tmp_path):
+    model, seen = _model(), []
+    original = model._by_density
+    model._by_density = lambda run, *, timestep, grid, density: (
+        seen.append((density, timestep.tolist())) or original(run, timestep=timestep, grid=grid, density=density)
+    )
+    finetune(model, _latents(), out=tmp_path, fit_settings=_settings(epochs=10, ema_decay=0.0))
+    warm, trained = seen[:3], seen[3:]
+    assert {side for side, _ in warm} == {
+        (2, 2)
+    }  # a tenth of 30 steps at the middle density, timesteps over the whole range
+    assert max(t for _, times in warm for t in times) > 400 > min(t for _, times in warm for t in times)
+    assert {side for side, _ in trained} == {(3, 3), (2, 2)}
+    for side, times in trained:
+        assert all((t < 400) == (side == (3, 3)) for t in times)
+
+
+def test_an_interrupted_run_continues_to_the_same_weights(tmp_path):
+    class Stopped(Exception):
+        pass
+
+    def stop(step):
+        if step == 4:
+            raise Stopped
+
+    settings = _settings(checkpoint_every=1)
+    finetune(_model(), _latents(), out=tmp_path / "whole", fit_settings=settings)
+    with pytest.raises(Stopped):
+        finetune(_model(), _latents(), out=tmp_path / "parts", fit_settings=settings, on_step=stop)
+    finetune(_model(), _latents(), out=tmp_path / "parts", fit_settings=settings)
+    whole, parts = (FlexDiTTransformer2DModel.from_pretrained(tmp_path / name) for name in ("whole", "parts"))
+    assert all(torch.equal(parts.state_dict()[name], tensor) for name, tensor in whole.state_dict().items())
+
+
+def test_the_published_recipe_is_the_default():
+    settings = default_fit_settings()
+    wanted = {"lr": 1e-4, "weight_decay": 0.0, "warmup": 0.0, "final_lr": 1.0, "clip_grad": 0.0, "ema_decay": 0.9999}
+    assert {name: getattr(settings, name) for name in wanted} == wanted
+    assert FlexDiTSettings().min_snr_gamma == 5.0
+
+
+def test_a_teacher_pulls_towards_its_own_noise(tmp_path):
+    plain = {"num_pooling": 0, "num_sdtm": 0, "num_dense_top": 6}
+    teacher = build_flexdit(seed=5, **{**LAYOUT, **plain})
+    settings = FlexDiTSettings(teacher_weight=1.0)
+    fit_settings = _settings(epochs=1, ema_decay=0.0)
+    with_teacher = finetune(
+        _model(), _latents(), out=tmp_path / "a", fit_settings=fit_settings, settings=settings, teacher=teacher
+    )
+    without = finetune(_model(), _latents(), out=tmp_path / "b", fit_settings=fit_settings)
+    assert with_teacher["history"][0]["loss"] > without["history"][0]["loss"]
+    with pytest.raises(ValueError, match=r"teacher_weight 1\.0 needs a teacher"):
+        finetune(_model(), _latents(), out=tmp_path / "c", settings=settings)
+
+
+def test_the_command_line_converts_a_host_folder_and_trains_on_a_latents_file(tmp_path, capsys):
+    build_host(num_layers=6, sample_size=8).save_pretrained(tmp_path / "dit")
+    data = _latents()
+    save_file({"latents": data.latents, "labels": data.labels}, tmp_path / "latents.safetensors")
+    arguments = ["--host", str(tmp_path / "dit"), "--data", str(tmp_path / "latents.safetensors")]
+    arguments += ["--out", str(tmp_path / "out"), "--split", "1,1,1,1,1,1,1", "--density_table", "[[0,3],[400,2]]"]
+    assert recipe.main([*arguments, "--epochs", "1", "--batch_size", "8", "--teacher_weight", "0.5"]) == 0
+    assert "model in" in capsys.readouterr().out
+    model = FlexDiTTransformer2DModel.from_pretrained(tmp_path / "out")
+    assert model.knobs["density_table"] == [[0, 3, 3], [400, 2, 2]]
+    assert model.config.timestep_freq_shift == 1  # the host's own timing
+    for change, message in (
+        (["--split", "1,1,1"], "must give P,K"),
+        (["--split", "1,2,1,1,1,1,1"], "num_layers 6"),
+        (["--density_table", "9"], "9x9 is above the dense grid of 4x4"),
+        (["--data", str(tmp_path / "absent.safetensors")], "not a readable safetensors file"),
+        (["--data", str(tmp_path)], "works on latents of 4 channels"),
+        (["--host", str(tmp_path / "absent.pt")], "does not exist"),
+    ):
+        assert recipe.main([*arguments, *change]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+
+
+def test_images_of_a_folder_train_a_pixel_space_model_and_wrong_data_is_refused(tmp_path):
+    for label in range(2):
+        (tmp_path / "data" / str(label)).mkdir(parents=True)
+        for i in range(4):
+            Image.new("L", (8, 8), 40 * i).save(tmp_path / "data" / str(label) / f"{i}.png")
+    model = _model(in_channels=1, out_channels=2)
+    metrics = finetune(model, str(tmp_path / "data"), out=tmp_path / "out", fit_settings=_settings(batch_size=4))
+    assert metrics["samples"] == 8
+    with pytest.raises(ValueError, match=r"has class 1, the model has classes 0\.\.0"):
+        finetune(_model(in_channels=1, num_embeds_ada_norm=1), str(tmp_path / "data"), out=tmp_path / "x")
+    save_file({"latents": torch.zeros(3, 4, 4, 4), "labels": torch.zeros(3)}, tmp_path / "small.safetensors")
+    with pytest.raises(ValueError, match=r"latents \(3, 4, 4, 4\).*takes \(count, 4, 8, 8\)"):
+        finetune(_model(), str(tmp_path / "small.safetensors"), out=tmp_path / "x")

@@ -1,0 +1,79 @@
+"""``generate``: sheets of images, seeded per image, from folders of transformers and pipelines; and its command."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
+from diffusion.conftest import build_flexdit, build_host, randomise
+from PIL import Image
+from typer.testing import CliRunner
+
+from sparing.cli.app import app
+from sparing.recipes import generate as recipe
+from sparing.recipes.generate import generate
+
+LAYOUT = {"num_layers": 6, "num_sdtm": 1, "sample_size": 8}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A pixel-space FlexDiT, saved."""
+    model = build_flexdit(**LAYOUT, in_channels=1, out_channels=2, density_table=[(0, 3), (500, 2)])
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_an_image_depends_on_its_seed_and_not_on_the_batch(folder, tmp_path):
+    out = tmp_path / "sheet.png"
+    made = generate(folder, [3, 4, 5], out=out, steps=2, seed=1, enlarge=2)
+    assert made["images"].shape == (3, 1, 8, 8)
+    assert made["status"] == "converted, not trained"
+    assert Image.open(out).size == (3 * 18 + 2, 20)
+    alone = generate(folder, [3, 4, 5], steps=2, seed=1, batch_size=1)
+    torch.testing.assert_close(alone["images"], made["images"], atol=1e-4, rtol=1e-4)
+    other = generate(folder, [3, 4, 5], steps=2, seed=2)
+    assert (other["images"] - made["images"]).abs().max() > 1e-3
+
+
+def test_density_and_rows_a_class(folder, tmp_path):
+    scheduled = generate(folder, [3], steps=2, per_class=2)["images"]
+    fixed = generate(folder, [3], steps=2, per_class=2, density="all", out=tmp_path / "x.png")["images"]
+    assert fixed.shape == (2, 1, 8, 8)
+    assert (scheduled - fixed).abs().max() > 1e-4
+
+
+def test_a_stock_pipeline_folder_and_a_latent_model_with_its_vae(tmp_path):
+    vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4)
+    host = build_host(num_layers=2, sample_size=8)
+    DiTPipeline(transformer=host, vae=randomise(vae), scheduler=DDIMScheduler()).save_pretrained(tmp_path / "pipeline")
+    made = generate(tmp_path / "pipeline", [1], steps=2)
+    assert made["images"].shape == (1, 3, 8, 8)
+    assert made["status"] == "dense"
+    latent = build_flexdit(**LAYOUT)
+    with pytest.raises(ValueError, match="latents of 4 channels: pass vae"):
+        generate(latent, [1], steps=2)
+    assert generate(latent, [1], steps=2, vae=tmp_path / "pipeline" / "vae")["images"].shape == (1, 3, 8, 8)
+
+
+def test_the_commands_write_a_sheet_and_give_one_line_for_a_mistake(folder, tmp_path, capsys):
+    out = tmp_path / "sheet.png"
+    assert recipe.main(["--model", str(folder), "--classes", "1", "2", "--steps", "2", "--out", str(out)]) == 0
+    assert "2 images" in capsys.readouterr().out
+    assert recipe.main(["--model", str(folder), "--classes", "10", "--out", str(out)]) == 2
+    assert "class 10 is out of range" in capsys.readouterr().err
+
+    runner = CliRunner()
+    arguments = ["generate", "--model", str(folder), "--class", "1", "--class", "7", "--steps", "2"]
+    result = runner.invoke(app, [*arguments, "--density", "2", "--out", str(tmp_path / "b.png"), "--json", "-"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["status"] == "converted, not trained"
+    assert Image.open(tmp_path / "b.png").size == (22, 12)
+    for change, message in (
+        (["--density", "9"], "9x9 is above the dense grid"),
+        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--model", str(tmp_path / "absent")], "absent"),
+    ):
+        result = runner.invoke(app, [*arguments, "--out", str(out), *change])
+        assert result.exit_code == 2
+        assert message in result.output
