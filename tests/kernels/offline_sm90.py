@@ -105,6 +105,8 @@ def compile_all(launches: dict[str, Any]) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     from launches import LAUNCHES
+    from launches_other import LAUNCHES as OTHER
 
+    LAUNCHES = {**LAUNCHES, **OTHER}
     wanted = sys.argv[1:] or list(LAUNCHES)
     compile_all({name: LAUNCHES[name] for name in wanted})

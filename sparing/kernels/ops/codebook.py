@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sparing.kernels.dispatch import define_op, register_impl, run, triton_here
+from sparing.kernels.dispatch import define_op, interpreting, register_impl, run, triton_here
 
 __all__ = ["codebook_argmin", "codebook_stats"]
 
@@ -152,7 +152,8 @@ def _codebook_argmin(x: Tensor, codebook: Tensor, metric: str, precision: str) -
 
     if precision == "auto":
         precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    return codebook_argmin_forward(x.contiguous(), codebook.contiguous(), metric, precision, NORMALIZE_EPS)
+    contiguous = (x.contiguous(), codebook.contiguous())
+    return codebook_argmin_forward(*contiguous, metric, precision, NORMALIZE_EPS, interpreted=interpreting())
 
 
 @_codebook_argmin.register_fake

@@ -122,7 +122,7 @@ def dimension_block(dim: int, dtype: torch.dtype) -> int:
 
 
 def codebook_argmin_forward(
-    x: Tensor, codebook: Tensor, metric: str, precision: str, eps: float
+    x: Tensor, codebook: Tensor, metric: str, precision: str, eps: float, *, interpreted: bool
 ) -> tuple[Tensor, Tensor]:
     """Index ``(N,)`` int32 and distance ``(N,)`` of the nearest code.
 
@@ -132,6 +132,7 @@ def codebook_argmin_forward(
         metric: ``'l2'`` or ``'cosine'``.
         precision: of a float32 dot: ``'tf32'``, ``'tf32x3'``, ``'bf16x3'``, ``'bf16x6'`` or ``'ieee'``.
         eps: lower clamp of the norms.
+        interpreted: the kernel runs in the interpreter.
     """
     (num_vectors, dim), num_codes = x.shape, codebook.shape[0]
     index = torch.empty(num_vectors, dtype=torch.int32, device=x.device)
@@ -160,7 +161,7 @@ def codebook_argmin_forward(
         BLOCK=block,
         COSINE=cosine,
         PRECISION=precision,
-        INTERPRETED=not x.is_cuda,
+        INTERPRETED=interpreted,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
