@@ -123,12 +123,8 @@ def write_image(image: Image.Image, path: str | Path) -> Path:
     if path.suffix.lower() not in formats:
         raise ValueError(f"cannot write {str(path)!r}: no image format has the suffix {path.suffix!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format=formats[path.suffix.lower()])
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        draft = Path(folder) / path.name
+        image.save(draft, format=formats[path.suffix.lower()])
         os.replace(draft, path)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
     return path

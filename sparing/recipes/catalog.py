@@ -48,8 +48,7 @@ def copy_recipe(name: str, directory: str | Path = ".") -> Path:
     if target.exists():
         raise FileExistsError(f"{str(target)!r} is there already and was left as it is")
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(prefix=f".{name}.", dir=target.parent)
-    os.close(handle)
-    shutil.copyfile(recipes[name].path, draft)
-    os.replace(draft, target)
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=target.parent) as folder:
+        draft = shutil.copyfile(recipes[name].path, Path(folder) / target.name)
+        os.replace(draft, target)
     return target

@@ -17,7 +17,7 @@ PREFIXES = ("timm", "torchvision", "open_clip")
 
 def is_host_name(name: str) -> bool:
     """Whether ``name`` means a host or a saved folder rather than a name of the zoo."""
-    return "/" in name or name in (".", "..") or Path(name).is_dir()
+    return name not in MODELS and ("/" in name or name in (".", "..") or Path(name).is_dir())
 
 
 def is_saved_name(name: str) -> bool:
@@ -51,7 +51,7 @@ def create_host(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module
             raise FileNotFoundError(
                 f"no such folder: {name!r}, nor is it a hub id OWNER/REPO; hosts are named timm/NAME, ..."
             )
-        folder = weights.download_folder(name, allow_patterns=["*.json", "*.safetensors"])
+        folder = weights.download_folder(name)
     if (folder / "model_index.json").is_file():
         folder = folder / "transformer"
         if not folder.is_dir():

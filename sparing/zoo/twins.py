@@ -244,7 +244,7 @@ def load(
         name = str(directory_or_repo)
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise FileNotFoundError(f"no such folder: {name!r}, nor is it a hub id OWNER/REPO")
-        folder = weights.download_folder(name, allow_patterns=["*.json", "*.safetensors"])
+        folder = weights.download_folder(name)
     config = read_config(folder)
     if "_class_name" in config:
         model = _load_diffusers(folder, config["_class_name"])

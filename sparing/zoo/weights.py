@@ -20,6 +20,7 @@ from torch import Tensor, nn
 SHIPPED = Path(__file__).parent / "weights"
 
 _FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
+_WANTED = ("*.json", *_FILES, "diffusion_pytorch_model*.safetensors", "transformer/*.safetensors")
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
@@ -60,11 +61,13 @@ def download(repo: str, file: str) -> Path:
     return Path(_from_hub(repo, lambda: hf_hub_download(repo, file)))
 
 
-def download_folder(repo: str, *, allow_patterns: Sequence[str] | None = None) -> Path:
-    """A whole hub repository as a local folder; raises as :func:`download` does."""
+def download_folder(repo: str) -> Path:
+    """A hub repository as a local folder: configurations, and the weights of the model or of the pipeline's transformer
+    (no text encoders and the like). Raises as :func:`download` does.
+    """
     from huggingface_hub import snapshot_download
 
-    return Path(_from_hub(repo, lambda: snapshot_download(repo, allow_patterns=allow_patterns)))
+    return Path(_from_hub(repo, lambda: snapshot_download(repo, allow_patterns=list(_WANTED))))
 
 
 def _from_hub(repo: str, fetch: Callable[[], str]) -> str:

@@ -120,6 +120,8 @@ def test_channels_are_checked(tmp_path):
 def test_writing_is_whole_or_not_at_all(tmp_path):
     path = write_image(picture("RGB"), tmp_path / "new" / "x.png")
     assert np.array_equal(np.asarray(read_image(path)), np.asarray(picture("RGB")))
+    (tmp_path / "plain").write_bytes(b"")
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
     with pytest.raises(ValueError, match=r"no image format has the suffix '.xyz'"):
         write_image(picture("RGB"), tmp_path / "x.xyz")
     with pytest.raises(OSError, match="RGBA"):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparing.zoo import compare, registry, table
+from sparing.zoo import compare, hosts, registry, table
 from zoo import toy
 
 
@@ -19,7 +19,7 @@ def toy_zoo(monkeypatch):
         ),
     }
     monkeypatch.setattr(table, "MODELS", entries)
-    for module in (compare, registry):
+    for module in (compare, hosts, registry):
         monkeypatch.setattr(module, "MODELS", entries)
     monkeypatch.setitem(table.METHODS, "toy", "zoo.toy:ToyTwin")
     return toy

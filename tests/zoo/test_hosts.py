@@ -1,5 +1,7 @@
 """Hosts by prefix, by folder and by hub id."""
 
+from fnmatch import fnmatch
+
 import huggingface_hub
 import pytest
 import timm
@@ -98,8 +100,22 @@ def test_a_diffusers_folder_gives_its_transformer(tiny_dit, folder):
 
 def test_a_hub_id_is_downloaded_and_read_like_a_folder(tiny_dit, monkeypatch):
     model, path = tiny_dit
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, allow_patterns: str(path))
+    wanted = []
+
+    def fetch(repo, allow_patterns):
+        wanted.extend(allow_patterns)
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert type(sparing.create_model("someone/tiny-dit")) is type(model)
+    files = ["transformer/config.json", "transformer/a-00001-of-2.safetensors", "text_encoder/model.safetensors"]
+    assert [any(fnmatch(file, pattern) for pattern in wanted) for file in files] == [True, True, False]
+
+
+def test_a_name_of_the_zoo_wins_over_a_folder_of_that_name(toy_zoo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy_host").mkdir()
+    assert isinstance(sparing.create_model("toy_host"), toy_zoo.ToyHost)
 
 
 def test_a_saved_model_takes_no_arguments_and_a_foreign_class_is_refused(tiny_dit):
