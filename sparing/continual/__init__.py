@@ -3,8 +3,10 @@
 from sparing.continual.attention import RetroactiveAttention, SingleOutputAttention
 from sparing.continual.container import BroadcastReduce, Conditional, Residual, Sequential, named_sequential
 from sparing.continual.conv import Conv1d, Conv2d, Conv3d
+from sparing.continual.convert import convert, explain
 from sparing.continual.delay import Delay, Skip
 from sparing.continual.encoder import TransformerEncoder, encoder_filter_fn
+from sparing.continual.export import export_onnx, export_step
 from sparing.continual.module import Continual, Plan, Stream
 from sparing.continual.per_frame import Flatten, LayerNorm, Linear, PerFrame, Softmax
 from sparing.continual.pool import (
@@ -22,6 +24,7 @@ from sparing.continual.pool import (
 from sparing.continual.positional import RecyclingPositionalEncoding, cyclic_table
 from sparing.continual.recurrent import GRU, LSTM, RNN
 from sparing.continual.state import StreamState, gather, leaves, load_state, reset, save_state, scatter, state_bytes
+from sparing.continual.stream_batch import StreamBatch
 
 __all__ = [
     "GRU",
@@ -57,10 +60,15 @@ __all__ = [
     "Skip",
     "Softmax",
     "Stream",
+    "StreamBatch",
     "StreamState",
     "TransformerEncoder",
+    "convert",
     "cyclic_table",
     "encoder_filter_fn",
+    "explain",
+    "export_onnx",
+    "export_step",
     "gather",
     "leaves",
     "load_state",

@@ -1,0 +1,149 @@
+"""Conversion: same keys, same clip function, steps equal to the stream; refusals say where and what to do."""
+
+import pytest
+import torch
+from continual.test_layers import run_steps
+from torch import nn
+
+from sparing import continual as co
+
+
+def clip_network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv3d(3, 8, 3, padding=1),
+        nn.BatchNorm3d(8),
+        nn.ReLU(),
+        nn.Sequential(nn.MaxPool3d((1, 2, 2)), nn.Conv3d(8, 6, 3, padding=(0, 1, 1), stride=(2, 1, 1))),
+        nn.AdaptiveAvgPool3d(1),
+        nn.Flatten(),
+        nn.Dropout(0.1),
+        nn.Linear(6, 4),
+    ).eval()
+
+
+def test_a_sequential_keeps_its_keys_and_its_clip_function():
+    plain = clip_network()
+    twin = co.convert(plain, pool_window=3)
+    assert list(twin.state_dict()) == list(plain.state_dict())
+    assert isinstance(plain[0], nn.Conv3d)
+    assert not isinstance(plain[0], co.Continual)
+    x = torch.randn(2, 3, 7, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x)[:, :, 0], plain(x))
+        features = plain[:4](torch.cat([x, x], 2))
+        want = torch.stack([plain[4:](features[:, :, i : i + 3]) for i in range(features.shape[2] - 2)], 2)
+        got, _ = run_steps(twin, torch.cat([x, x], 2))
+        torch.testing.assert_close(got, want[:, :, : got.shape[2]], atol=1e-5, rtol=1e-5)
+        assert got.shape[2] >= 2
+
+
+@pytest.mark.parametrize("name", ["r3d_18", "mc3_18", "r2plus1d_18"])
+def test_torchvision_video_resnets_convert(name):
+    import torchvision
+
+    with torch.device("meta"):
+        plain = getattr(torchvision.models.video, name)(num_classes=5).eval()
+        twin = co.convert(plain, pool_window=2)
+    assert set(twin.state_dict()) == set(plain.state_dict())
+    assert twin.plan().period == (1 if name == "mc3_18" else 8)
+    small = plain.__class__(
+        torchvision.models.video.resnet.BasicBlock,
+        [torchvision.models.video.resnet.Conv3DSimple] * 4,
+        [1, 1, 1, 1],
+        torchvision.models.video.resnet.BasicStem,
+        num_classes=5,
+    )
+    if name == "r3d_18":
+        small.eval()
+        twin = co.convert(small, pool_window=2)
+        x = torch.randn(1, 3, 48, 16, 16)
+        with torch.no_grad():
+            torch.testing.assert_close(twin(x[:, :, :16])[:, :, 0], small(x[:, :, :16]), atol=1e-5, rtol=1e-5)
+            trunk = small.layer4(small.layer3(small.layer2(small.layer1(small.stem(x))))).mean((3, 4))
+            want = torch.stack([small.fc(trunk[:, :, i : i + 2].mean(2)) for i in range(trunk.shape[2] - 1)], 2)
+            for lockstep in (False, True):
+                got, _ = run_steps(twin, x, lockstep=lockstep)
+                assert got.shape[2] >= 2
+                torch.testing.assert_close(got, want[:, :, : got.shape[2]], atol=1e-4, rtol=1e-4)
+
+
+def test_torchvision_s3d_converts():
+    import torchvision
+
+    with torch.device("meta"):
+        plain = torchvision.models.video.s3d(num_classes=5).eval()
+        twin = co.convert(plain, pool_window=3)
+    assert set(twin.state_dict()) == set(plain.state_dict())
+    assert twin.plan().period == 8
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_torch_encoders_convert(layers):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 24, activation="gelu", batch_first=True)
+    plain = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(16), enable_nested_tensor=False).eval()
+    twin = co.convert(plain, sequence_len=5)
+    assert set(twin.state_dict()) == set(plain.state_dict())
+    x = torch.randn(2, 16, 9)
+    with torch.no_grad():
+        got, _ = run_steps(twin, x)
+        want = torch.stack([plain(x[:, :, i : i + 5].mT)[:, -1] for i in range(5)], 2)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+class Odd(nn.Module):
+    def forward(self, x):
+        return x.flip(2)
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "words"),
+    [
+        (nn.Sequential(nn.ReLU(), nn.Sequential(Odd())), {}, r"1\.0 \(Odd\): has no continual form; pass converters="),
+        (nn.Sequential(nn.Conv3d(2, 2, 3), nn.GroupNorm(1, 2)), {}, r"1 \(GroupNorm\): takes its statistics over time"),
+        (nn.Sequential(nn.InstanceNorm3d(2)), {}, "per_frame=True"),
+        (
+            nn.Sequential(nn.AdaptiveAvgPool3d(1)),
+            {},
+            r"0 \(AdaptiveAvgPool3d\): pools the whole clip: pass pool_window=",
+        ),
+        (nn.Sequential(nn.Linear(2, 2)), {}, "acts on the last axis"),
+        (nn.Sequential(nn.LayerNorm(2)), {}, "time among them"),
+        (nn.Sequential(nn.Softmax(2)), {}, "runs over axis 2"),
+        (nn.Sequential(nn.AvgPool3d(2, ceil_mode=True)), {}, r"0 \(AvgPool3d\).*ceil_mode"),
+        (nn.Sequential(nn.Conv1d(2, 2, 3, padding=3)), {}, r"0 \(Conv1d\).*padding 3 is outside 0\.\.2"),
+        (nn.Sequential(nn.ReLU()), {"time_dim": 1}, "time must be axis 2.*got time_dim=1"),
+        (nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 1), {}, "pass sequence_len="),
+    ],
+)
+def test_refusals_name_the_path_and_the_fix(module, options, words):
+    with pytest.raises(ValueError, match=words):
+        co.convert(module, **options)
+
+
+def test_norms_over_time_are_taken_frame_by_frame_when_asked():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.GroupNorm(1, 4))
+    twin = co.convert(plain, per_frame=True)
+    x = torch.randn(2, 4, 5, 3, 3)
+    want = torch.stack([plain(x[:, :, t]) for t in range(5)], 2)
+    torch.testing.assert_close(twin(x), want)
+    torch.testing.assert_close(run_steps(twin, x)[0], want)
+    assert next(iter(plain.state_dict())) == "0.weight"
+
+
+def test_further_types_convert_by_the_users_function():
+    twin = co.convert(nn.Sequential(Odd(), nn.ReLU()), converters={Odd: lambda module, place: nn.Identity()})
+    x = torch.randn(1, 2, 3)
+    torch.testing.assert_close(run_steps(twin, x)[0], x.relu())
+
+
+def test_explain_lists_layers_and_says_what_a_step_equals():
+    twin = co.convert(clip_network(), pool_window=3)
+    text = co.explain(twin, (3, 8, 8))
+    row = next(line for line in text.splitlines() if line.startswith("0 "))
+    assert row.split() == ["0", "Conv3d", "3", "1", "1", "1", str(2 * 3 * 8 * 8 * 4)]
+    assert "first output at step 7, then every 2" in text
+    assert "not the clip network on the last 9 frames" in text
+    assert "no temporal padding" in co.explain(co.convert(nn.Sequential(nn.Conv1d(2, 2, 3))))
