@@ -18,6 +18,20 @@ def quieten_xformers() -> None:
     logging.getLogger("xformers").setLevel(logging.ERROR)
 
 
+# -- timm (tests/test_compat_timm.py)
+
+
+def take_indices(num_features: int, indices: int | list[int] | tuple[int, ...] | None = None) -> tuple[list[int], int]:
+    """timm's reading of ``indices`` in ``forward_intermediates``: an int means the last so many, None all, and negative
+    ones count from the end. Returns the indices, and the largest of them.
+
+    Checked with timm 1.0.31, which keeps it in a private module.
+    """
+    from timm.models._features import feature_take_indices
+
+    return feature_take_indices(num_features, indices)
+
+
 # -- diffusers (tests/diffusion/test_compat_diffusers.py)
 
 

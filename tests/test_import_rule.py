@@ -102,3 +102,32 @@ def test_every_folder_of_the_package_is_a_known_room():
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
     assert folders | files <= FAMILIES | GROUND | {"cli", "recipes", "_compat"}
+
+
+def private_names(source: str) -> list[str]:
+    """Imports and attributes of other libraries that these call private (a leading underscore anywhere in the path)."""
+    found, libraries = [], set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            libraries |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in libraries:
+            found.append(f"{node.value.id}.{node.attr}")
+    private = [
+        name for name in found if any(part.startswith("_") and part[1] != "_" for part in name.split(".") if part)
+    ]
+    return [name for name in private if name.split(".")[0] != "sparing"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
+def test_private_names_of_other_libraries_stand_in_compat_only(path):
+    assert path.name == "_compat.py" or private_names(path.read_text(encoding="utf-8")) == []
+
+
+def test_the_rule_about_private_names_itself():
+    assert private_names("import torch\ntorch._C") == ["torch._C"]
+    assert private_names("def f():\n    from timm.models._features import X") == ["timm.models._features.X"]
+    assert private_names("import torch\ntorch.__version__\nfrom sparing._compat import x\nself._x") == []

@@ -17,9 +17,10 @@ import torch
 from einops import rearrange
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
-from timm.models._features import FeatureInfo, feature_take_indices
+from timm.models import FeatureInfo
 from torch import Tensor, nn
 
+from sparing._compat import take_indices
 from sparing.vision.dumbbell import GenerationBlock, RecoveryBlock, SemanticBlock
 from sparing.vision.swin import (
     SwinArchitecture,
@@ -185,7 +186,7 @@ class STViTR(Twin, nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r}, accepted are 'NCHW' and 'NLC'")
-        take, _ = feature_take_indices(len(self.layers), indices)
+        take, _ = take_indices(len(self.layers), indices)
         maps = self._maps(x)
         pattern = "b h w c -> b c h w" if output_fmt == "NCHW" else "b h w c -> b (h w) c"
         taken = [rearrange(self._level_norm(i)(maps[i]) if norm else maps[i], pattern).contiguous() for i in take]

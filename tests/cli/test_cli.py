@@ -157,6 +157,14 @@ def test_classify_holds_a_model_against_its_host(saved_classifier, pictures):
     assert "same top class as the host on 100.0%; feature cosine to the host 1.0000" in result.stdout
 
 
+def test_classify_makes_a_twin_and_says_how_far_it_agrees(saved_classifier, pictures):
+    result = run("classify", pictures, "--weights", saved_classifier, "--twin", "tome:r=1")
+    assert result.exit_code == 0, result.output
+    assert "status: training-free; same top class as the host on " in result.stdout
+    exact = run("classify", pictures, "--weights", saved_classifier, "--twin", "tome:r=0")
+    assert "status: exact; same top class as the host on 100.0%; feature cosine to the host 1.0000" in exact.stdout
+
+
 def test_a_bad_file_among_good_ones_is_listed_and_the_rest_goes_on(saved_classifier, pictures):
     (pictures / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     Image.new("L", (8, 8)).save(pictures / "grey.png")
