@@ -218,7 +218,7 @@ def _build_pretrained(function: Callable[..., Any], name: str, kwargs: dict[str,
     path = weights.locate(full_name, find_entry(full_name).source)
     model = function(pretrained=False, **kwargs)
     weights.load_checkpoint(model, path, filter_fn=_checkpoint_filter(full_name))
-    if hasattr(model, "status"):
+    if getattr(model, "status", None) == "converted, not trained":
         model.status = "trained"
     return model.eval()
 

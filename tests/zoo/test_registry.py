@@ -1,11 +1,13 @@
 """Names to models: creation, listing, errors that name the closest."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import sparing
-from sparing.zoo import weights
+from sparing.zoo import registry, weights
 from sparing.zoo.registry import register_model, registered
 
 
@@ -44,6 +46,23 @@ def test_shipped_weights_are_loaded_by_tag_and_by_bare_name(toy_zoo, tmp_path, m
     assert not model.training
     assert model.head.weight.dtype == torch.float32
     torch.testing.assert_close(model.head.weight, source.head.weight.half().float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("converted, not trained", "trained"), ("training-free", "training-free")]
+)
+def test_published_weights_make_a_converted_twin_trained(toy_zoo, tmp_path, monkeypatch, before, after):
+    monkeypatch.setattr(weights, "SHIPPED", tmp_path)
+    monkeypatch.setitem(registry.MODELS, "toy_toy_host", replace(registry.MODELS["toy_toy_host"], source="shipped"))
+    save_file(weights.untied_state(toy_zoo.ToyTwin()), tmp_path / "toy_toy_host.safetensors")
+    original = toy_zoo.ToyTwin.__init__
+
+    def build(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.status = before
+
+    monkeypatch.setattr(toy_zoo.ToyTwin, "__init__", build)
+    assert sparing.create_model("toy_toy_host", pretrained=True).status == after
 
 
 def test_checkpoint_path_loads_through_the_familys_filter(toy_zoo, tmp_path):
