@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparing.kernels import BlockMap
+from sparing.kernels import BlockMap, RingCache
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -53,6 +53,27 @@ def tiny(m: int, n: int, d: int, dtype: torch.dtype) -> None:
     kernels.backward(problems, out, q, k, v, None, None, out, lse, table=False, scale=0.1, bias_grad=False)
 
 
+def few_query(m: int, n: int, d: int, dtype: torch.dtype) -> None:
+    from sparing.kernels.triton import few_query_attention as kernels
+
+    q, _, _ = _qkv(m, m, d, dtype)
+    _, k, v = _qkv(m, n, d, dtype)
+    bias = torch.empty(1, 16, m, n, dtype=dtype)
+    kv_len = torch.empty(1, dtype=torch.int32)
+    out, lse = kernels.forward(q, k, v, bias, kv_len, scale=0.1, splits=None)
+    kernels.backward(q, q, k, v, bias, kv_len, out, lse, scale=0.1, splits=None, bias_grad=True)
+
+
+def ring(tokens: int, d: int, dtype: torch.dtype) -> None:
+    from sparing.kernels.triton import ring_attention_step as kernels
+
+    cache = RingCache.empty(16, 64, heads=8, head_dim=d, tokens_per_step=tokens, dtype=dtype)
+    new = torch.empty(16, tokens, 8, d, dtype=dtype)
+    flags = torch.ones(16, dtype=torch.bool)
+    state = (cache.k, cache.v, cache.head, cache.length)
+    kernels.step(new, new, new, *state, flags, flags, None, window=64, scale=0.1)
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     "block_sparse/d128-bf16/default": partial(block_sparse, 128, BF16),
     "block_sparse/d72-bf16": partial(block_sparse, 72, BF16),
@@ -70,5 +91,14 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "tiny/16x16-d64-fp32": partial(tiny, 16, 16, 64, FP32),
     "tiny/32x32-d128-fp32": partial(tiny, 32, 32, 128, FP32),
     "tiny/64x64-d72-bf16": partial(tiny, 64, 64, 72, BF16),
-    "tiny/64x64-d128-fp32": partial(tiny, 64, 64, 128, FP32),
+    "few_query/16x4096-d64-bf16/default": partial(few_query, 16, 4096, 64, BF16),
+    "few_query/64x4096-d128-bf16": partial(few_query, 64, 4096, 128, BF16),
+    "few_query/9x1024-d72-bf16": partial(few_query, 9, 1024, 72, BF16),
+    "few_query/64x4096-d64-fp32": partial(few_query, 64, 4096, 64, FP32),
+    "few_query/16x4096-d128-fp32": partial(few_query, 16, 4096, 128, FP32),
+    "few_query/64x4096-d128-fp32": partial(few_query, 64, 4096, 128, FP32),
+    "few_query/16x4096-d256-bf16": partial(few_query, 16, 4096, 256, BF16),
+    "few_query/64x4096-d256-bf16": partial(few_query, 64, 4096, 256, BF16),
+    "ring/1-d128-bf16/default": partial(ring, 1, 128, BF16),
+    "ring/3-d128-fp32": partial(ring, 3, 128, FP32),
 }

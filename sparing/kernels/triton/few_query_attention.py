@@ -193,20 +193,27 @@ def pick_splits(batch_heads: int, num_keys: int) -> int:
     return max(1, min(wanted, num_keys // _MIN_CHUNK, MAX_SPLITS))
 
 
-def default_config(head_dim: int, dtype: torch.dtype) -> Config:
-    """Keys of a tile, warps and stages; ``block_m`` is set by the number of queries."""
-    wide = head_dim * dtype.itemsize > 256
-    return Config(64, 32 if wide else 64, 8 if head_dim * dtype.itemsize >= 256 else 4, 2 if wide else 3)
+def default_config(direction: str, queries: int, head_dim: int, dtype: torch.dtype) -> Config:
+    """Keys of a tile, warps and stages by rule; ``queries`` and ``head_dim`` are those of the tile. The more bytes
+    the resident queries (and in the backward their gradients) take, the fewer keys fit beside them; float32 dots
+    split every operand.
+    """
+    resident = queries * head_dim * dtype.itemsize * (2 if dtype.itemsize > 2 else 1)
+    resident *= 1 if direction == "forward" else 2
+    keys = 64 if resident <= 16384 else 32 if resident <= 32768 else 16
+    wide = head_dim * dtype.itemsize >= 256
+    return Config(queries, keys, 8 if wide else 4, 3 if direction == "forward" and not wide else 2)
 
 
-def _constants(q: Tensor, v: Tensor, bias: Tensor | None, kv_len: Tensor | None, kernel: str) -> dict[str, object]:
+def _constants(q: Tensor, v: Tensor, bias: Tensor | None, kv_len: Tensor | None, direction: str) -> dict[str, object]:
     dim, value_dim = q.shape[3], v.shape[3]
-    config = pick_config(kernel, default_config(max(dim, value_dim), q.dtype), head_dim=dim, dtype=q.dtype)
+    block_d, block_v = (max(next_power_of_2(d), 16) for d in (dim, value_dim))
+    block_m = max(next_power_of_2(q.shape[2]), 16)
+    default = default_config(direction, block_m, max(block_d, block_v), q.dtype)
+    config = pick_config(f"few_query_{direction}", default, head_dim=dim, dtype=q.dtype)
     return {
-        "D": dim, "BD": max(next_power_of_2(dim), 16), "DV": value_dim, "BV": max(next_power_of_2(value_dim), 16),
-        "BM": max(next_power_of_2(q.shape[2]), 16), "BN": config.block_n,
-        "HAS_BIAS": bias is not None, "HAS_LEN": kv_len is not None,
-        "ACC": acc_type(q.dtype), **dot_options(q.dtype),
+        "D": dim, "BD": block_d, "DV": value_dim, "BV": block_v, "BM": block_m, "BN": config.block_n,
+        "HAS_BIAS": bias is not None, "HAS_LEN": kv_len is not None, "ACC": acc_type(q.dtype), **dot_options(q.dtype),
         "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
 
@@ -240,7 +247,7 @@ def forward(
         partial = torch.empty(batch, heads, splits, num_queries, value_dim, device=q.device, dtype=lse.dtype)
         partial_lse = torch.empty(batch, heads, splits, num_queries, device=q.device, dtype=lse.dtype)
     strides, unit = strides_in_units(q, k, v)
-    constants = _constants(q, v, bias, kv_len, "few_query_forward")
+    constants = _constants(q, v, bias, kv_len, "forward")
     few_query_forward_kernel[(batch * heads * splits,)](
         q, k, v, q if bias is None else bias, q if kv_len is None else kv_len, partial, partial_lse,
         *strides, *_bias_strides(bias), heads, splits, triton.cdiv(num_keys, splits), num_queries, num_keys, scale,
@@ -286,6 +293,6 @@ def backward(
         q, k, v, grad, q if bias is None else bias, q if kv_len is None else kv_len, lse, delta, dq, dk, dv,
         dq if slopes is None else slopes, *strides, *_bias_strides(bias),
         heads, splits, triton.cdiv(num_keys, splits), num_queries, num_keys, scale,
-        **_constants(q, v, bias, kv_len, "few_query_backward"), BIAS_GRAD=bias_grad, UNIT=unit,
+        **_constants(q, v, bias, kv_len, "backward"), BIAS_GRAD=bias_grad, UNIT=unit,
     )  # fmt: skip
     return dq.sum(2).to(q.dtype), dk, dv, slopes

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparing.kernels.triton.config import next_power_of_2
 from sparing.kernels.triton.tiles import (
     LOG2E,
     accumulator,
@@ -180,7 +179,7 @@ def window_tiled_backward_kernel(
     o_batch, o_mid, o_row, first_batch, first_mid, first_row, second_batch, second_mid, second_row,
     bias_batch, bias_mid, bias_row,
     problems, groups, heads, num_queries, num_keys, map_h, map_w, scale,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     WINDOW: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     BIAS: tl.constexpr, REGION: tl.constexpr, PART: tl.constexpr,
     ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
@@ -205,7 +204,7 @@ def window_tiled_backward_kernel(
     else:
         own_row, own_column, steps, group = rest % row_tiles, 0, column_tiles, rest // row_tiles
     first = tl.zeros([BN if PART == 1 else BM, BN if PART == 2 else BD], dtype=ACC)
-    second = tl.zeros([BN, BD], dtype=ACC)
+    second = tl.zeros([BN, BV], dtype=ACC)
     for step in range(steps):
         problem, row_tile, column_tile = group, own_row, own_column
         if PART == 0:
@@ -219,14 +218,14 @@ def window_tiled_backward_kernel(
         live_q, live_k = rows < num_queries, columns < num_keys
         q_at = place(problem, head, rows, q_batch, q_mid, q_row, map_h, map_w, D, WINDOW, WH, WW, SH, SW, UNIT)
         k_at = place(problem, head, columns, k_batch, k_mid, k_row, map_h, map_w, D, WINDOW, WH, WW, SH, SW, UNIT)
-        v_at = place(problem, head, columns, v_batch, v_mid, v_row, map_h, map_w, D, WINDOW, WH, WW, SH, SW, UNIT)
-        g_at = place(problem, head, rows, g_batch, g_mid, g_row, map_h, map_w, D, WINDOW, WH, WW, SH, SW, UNIT)
-        o_at = place(problem, head, rows, o_batch, o_mid, o_row, map_h, map_w, D, WINDOW, WH, WW, SH, SW, UNIT)
+        v_at = place(problem, head, columns, v_batch, v_mid, v_row, map_h, map_w, DV, WINDOW, WH, WW, SH, SW, UNIT)
+        g_at = place(problem, head, rows, g_batch, g_mid, g_row, map_h, map_w, DV, WINDOW, WH, WW, SH, SW, UNIT)
+        o_at = place(problem, head, rows, o_batch, o_mid, o_row, map_h, map_w, DV, WINDOW, WH, WW, SH, SW, UNIT)
         q = load_at(q_ptr, q_at, live_q, D, BD)
         k = load_at(k_ptr, k_at, live_k, D, BD)
-        v = load_at(v_ptr, v_at, live_k, D, BD)
-        grad = load_at(grad_ptr, g_at, live_q, D, BD)
-        delta = tl.sum(load_at(out_ptr, o_at, live_q, D, BD).to(ACC) * grad.to(ACC), 1)
+        v = load_at(v_ptr, v_at, live_k, DV, BV)
+        grad = load_at(grad_ptr, g_at, live_q, DV, BV)
+        delta = tl.sum(load_at(out_ptr, o_at, live_q, DV, BV).to(ACC) * grad.to(ACC), 1)
         weights, slope = tile_slopes(
             q, k, v, grad, delta, bias_ptr, region_ptr, lse_ptr, problem, head, rows, columns,
             bias_batch, bias_mid, bias_row, heads, num_queries, num_keys, map_h, map_w, scale,
@@ -254,9 +253,9 @@ def window_tiled_backward_kernel(
         )
         store_at(first_ptr, first, at, columns < num_keys, D, BD)
         at = place(
-            group, head, columns, second_batch, second_mid, second_row, map_h, map_w, D, WINDOW, WH, WW, SH, SW, UNIT
+            group, head, columns, second_batch, second_mid, second_row, map_h, map_w, DV, WINDOW, WH, WW, SH, SW, UNIT
         )
-        store_at(second_ptr, second, at, columns < num_keys, D, BD)
+        store_at(second_ptr, second, at, columns < num_keys, DV, BV)
     if PART == 2:
         live = (rows < num_queries)[:, None] & (columns < num_keys)[None, :]
         start = first_ptr + (group * heads + head) * num_queries * num_keys
@@ -288,7 +287,6 @@ def forward(
     row_tiles = triton.cdiv(problems.num_queries, constants["BM"])
     window_forward_kernel[(problems.count * problems.heads * row_tiles,)](
         q, k, v, bias_, region_, out, lse, *strides, *bias_strides, *problems.sizes(scale), **constants,
-        DV=problems.value_dim, BV=max(next_power_of_2(problems.value_dim), 16),
         KEY_TILES=triton.cdiv(problems.num_keys, constants["BN"]),
     )  # fmt: skip
     return out, lse
@@ -320,7 +318,7 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_(), empty
     bias_, kind, bias_strides = bias_argument(bias, table, q)
     region_, region_kind = region_argument(region, problems.shift, q)
-    one_tile = max(m, n) <= 64
+    one_tile = max(m, n) <= problems.tile(q.dtype)
     shared = bias_grad and bias_strides[0] == 0
     groups = min(problems.count, triton.cdiv(_PROGRAMS, heads)) if shared else problems.count
     slopes = q  # any tensor, where no bias gradient is wanted
@@ -332,8 +330,7 @@ def backward(
         constants = problems.constants(q.dtype, bias=kind, region=region_kind, unit=unit)
         window_backward_kernel[(groups * heads,)](
             *inputs, bias_, region_, lse, dq, dk, dv, slopes, *strides, *bias_strides, problems.count, groups,
-            *problems.sizes(scale), **constants, DV=problems.value_dim, BV=max(next_power_of_2(problems.value_dim), 16),
-            BIAS_GRAD=0 if not bias_grad else 1 if shared else 2,
+            *problems.sizes(scale), **constants, BIAS_GRAD=0 if not bias_grad else 1 if shared else 2,
         )  # fmt: skip
     else:
         _tiled_backward(

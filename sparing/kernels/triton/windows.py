@@ -69,18 +69,18 @@ def region_ids(
     region_ptr, problem, tokens, live, map_h, map_w,
     REGION: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
 ):  # fmt: skip
-    """Region id of each token: 1 = made by the shift, 2 = read from a map of ids."""
-    _, y, x = corner(problem, map_h, map_w, WH, WW)
-    y += tokens // WW
-    x += tokens % WW
+    """Region id of each token, comparable within a window: 1 = made by the shift, 2 = read from a map of ids.
+
+    A shift divides only the last window of a row or column of windows: at its last SH rows or SW columns.
+    """
+    _, first_y, first_x = corner(problem, map_h, map_w, WH, WW)
+    y, x = tokens // WW, tokens % WW
     if REGION == 2:
-        ids = tl.load(region_ptr + y * map_w + x, mask=live, other=0)
+        ids = tl.load(region_ptr + (first_y + y) * map_w + first_x + x, mask=live, other=0)
     else:
-        ids = tl.zeros_like(tokens).to(tl.int32)
-        if SH > 0:
-            ids += 3 * ((y >= map_h - WH).to(tl.int32) + (y >= map_h - SH).to(tl.int32))
-        if SW > 0:
-            ids += (x >= map_w - WW).to(tl.int32) + (x >= map_w - SW).to(tl.int32)
+        below = (first_y == map_h - WH).to(tl.int32) * (y >= WH - SH).to(tl.int32)
+        right = (first_x == map_w - WW).to(tl.int32) * (x >= WW - SW).to(tl.int32)
+        ids = 2 * below + right
     return ids
 
 
@@ -138,15 +138,23 @@ class Problems:
         """Problems laid out as (B, H, M, D), (B, H, N, D), (B, H, N, DV)."""
         return cls(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
 
+    def tile(self, dtype: torch.dtype) -> int:
+        """Side of a score tile: all tokens of a small problem; less where wide or float32 rows would spill
+        registers.
+        """
+        width = max(next_power_of_2(max(self.head_dim, self.value_dim)), 16)
+        largest = 64 if dtype.itemsize == 2 and width <= 64 else 16 if dtype.itemsize > 2 and width > 64 else 32
+        return max(next_power_of_2(min(max(self.num_queries, self.num_keys), largest)), 16)
+
     def constants(self, dtype: torch.dtype, *, bias: int, region: int, unit: int) -> dict[str, Any]:
         """The compile-time arguments that all kernels take."""
-        tile = max(next_power_of_2(min(max(self.num_queries, self.num_keys), 64)), 16)
-        width = max(next_power_of_2(self.head_dim), 16)
+        tile = self.tile(dtype)
         (wh, ww), (sh, sw) = self.window or (1, 1), self.shift
-        # small tiles take one warp; large float32 or wide tiles take eight, to hold their accumulators in registers
-        warps = 1 if tile == 16 else 2 if tile == 32 else 8 if width * dtype.itemsize > 128 else 4
+        warps = {16: 1, 32: 4, 64: 8}[tile] if dtype.itemsize == 2 else {16: 4}.get(tile, 8)
         return {
-            "D": self.head_dim, "BD": width, "BM": tile, "BN": tile, "WINDOW": self.window is not None,
+            "D": self.head_dim, "BD": max(next_power_of_2(self.head_dim), 16),
+            "DV": self.value_dim, "BV": max(next_power_of_2(self.value_dim), 16),
+            "BM": tile, "BN": tile, "WINDOW": self.window is not None,
             "WH": wh, "WW": ww, "SH": sh, "SW": sw, "BIAS": bias, "REGION": region, "ACC": acc_type(dtype),
             "UNIT": unit, **dot_options(dtype), "num_warps": warps, "num_stages": 2,
         }  # fmt: skip
