@@ -20,11 +20,13 @@ def _qkv(
     return tuple(torch.empty(batch, heads, rows, d, dtype=dtype) for rows in (m, n, n))  # type: ignore[return-value]
 
 
-def block_sparse(d: int, dtype: torch.dtype, *, causal: bool = False, block_q: int = 128, block_k: int = 64) -> None:
+def block_sparse(
+    d: int, dtype: torch.dtype, *, tokens: int = 512, causal: bool = False, block_q: int = 128, block_k: int = 64
+) -> None:
     from sparing.kernels.triton import block_sparse_attention as kernels
 
-    q, k, v = _qkv(512, 512, d, dtype)
-    mask = torch.ones(1, 1, 512 // block_q, 512 // block_k, dtype=torch.bool)
+    q, k, v = _qkv(tokens, tokens, d, dtype)
+    mask = torch.ones(1, 1, -(-tokens // block_q), -(-tokens // block_k), dtype=torch.bool)
     block_map = BlockMap.from_mask(mask, block_q=block_q, block_k=block_k)
     options = {"block_q": block_q, "block_k": block_k, "causal": causal, "scale": 0.1}
     lists = (block_map.kv_num, block_map.kv_idx, block_map.q_num, block_map.q_idx)
@@ -102,3 +104,15 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "ring/1-d128-bf16/default": partial(ring, 1, 128, BF16),
     "ring/3-d128-fp32": partial(ring, 3, 128, FP32),
 }
+
+
+def length_sweeps() -> dict[str, Callable[[], None]]:
+    """Fifty token counts of each op at a fixed model: what a server with changing inputs launches."""
+    sweeps: dict[str, Callable[[], None]] = {}
+    for i in range(50):
+        tokens = 300 + 37 * i
+        sweeps[f"few_query/{tokens}"] = partial(few_query, 16, tokens, 72, BF16)
+        sweeps[f"block_sparse/{tokens}"] = partial(block_sparse, 72, BF16, tokens=tokens)
+        sweeps[f"window/{tokens}"] = partial(window, 7, 32, BF16, side=7 * (i + 1), shift=3)
+        sweeps[f"tiny/{tokens}"] = partial(tiny, 1 + i, 1 + i, 64, BF16)
+    return sweeps

@@ -102,6 +102,21 @@ def compile_all(launches: dict[str, Any]) -> list[dict[str, Any]]:
     return records
 
 
+def count_variants(launches: dict[str, Any]) -> dict[str, int]:
+    """How many compiled variants of each kernel the launches would make: distinct (signature, constexprs, attrs,
+    options).
+    """
+    variants: dict[str, set[str]] = {}
+
+    def capture(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        variants.setdefault(self.fn.__name__, set()).add(repr(describe(self, args, kwargs)))
+
+    JITFunction.run = capture  # type: ignore[method-assign]
+    for launch in launches.values():
+        launch()
+    return {name: len(found) for name, found in variants.items()}
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     from launches import LAUNCHES

@@ -232,7 +232,7 @@ def _triton(
 def _triton_reasons(q: Tensor, k: Tensor, v: Tensor, *, splits: int | None = None, **kwargs: Any) -> list[str]:
     widest = max(q.shape[-1], v.shape[-1])
     reasons = triton_attention_reasons(q, head_dim=widest, max_dim=256)
-    if q.element_size() == 4 and q.shape[2] * widest > 64 * 64:
+    if q.element_size() == 4 and q.shape[2] * widest > 32 * 64:
         reasons.append(f"{q.shape[2]} float32 queries of head_dim {widest} do not fit the registers of a program")
     if splits is not None and splits > MAX_SPLITS:
         reasons.append(f"splits {splits} is above {MAX_SPLITS}")

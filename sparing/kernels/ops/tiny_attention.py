@@ -133,7 +133,9 @@ def _triton(
 
 
 def _triton_reasons(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, **kwargs: Any) -> list[str]:
-    return triton_attention_reasons(q, head_dim=max(q.shape[-1], v.shape[-1]), max_dim=128)
+    return triton_attention_reasons(
+        q, head_dim=max(q.shape[-1], v.shape[-1]), max_dim=64 if q.element_size() == 4 else 128
+    )
 
 
 def _order(q: Tensor, *args: Any, **kwargs: Any) -> tuple[str, ...]:

@@ -283,7 +283,7 @@ def default_config(direction: str, head_dim: int, dtype: torch.dtype) -> Config:
     if dtype.itemsize > 2:
         if direction == "forward":
             return Config(128, 64, 8, 3) if head_dim <= 64 else Config(32, 32, 8, 2)
-        return Config(32, 32, 8, 2) if head_dim <= 64 else Config(16, 16, 4, 2)
+        return Config(32, 32, 8, 2) if head_dim <= 64 else Config(16, 16, 4, 1)
     if direction == "forward":
         return Config(128, 64, 8, 3) if head_dim <= 128 else Config(64, 32, 4, 2)
     if head_dim > 128:

@@ -139,24 +139,23 @@ class Problems:
         return cls(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
 
     def tile(self, dtype: torch.dtype) -> int:
-        """Side of a score tile: all tokens of a small problem; less where wide or float32 rows would spill
-        registers.
-        """
+        """Side of a score tile: all tokens of a small problem; 16 where wide or float32 rows would spill registers."""
         width = max(next_power_of_2(max(self.head_dim, self.value_dim)), 16)
-        largest = 64 if dtype.itemsize == 2 and width <= 64 else 16 if dtype.itemsize > 2 and width > 64 else 32
+        largest = 64 if dtype.itemsize == 2 and width <= 64 else 16
         return max(next_power_of_2(min(max(self.num_queries, self.num_keys), largest)), 16)
 
     def constants(self, dtype: torch.dtype, *, bias: int, region: int, unit: int) -> dict[str, Any]:
         """The compile-time arguments that all kernels take."""
         tile = self.tile(dtype)
         (wh, ww), (sh, sw) = self.window or (1, 1), self.shift
-        warps = {16: 1, 32: 4, 64: 8}[tile] if dtype.itemsize == 2 else {16: 4}.get(tile, 8)
+        light = dtype.itemsize == 2 and max(self.head_dim, self.value_dim) <= 64
+        warps = {16: 1, 32: 4, 64: 8}[tile] if light else 4
         return {
             "D": self.head_dim, "BD": max(next_power_of_2(self.head_dim), 16),
             "DV": self.value_dim, "BV": max(next_power_of_2(self.value_dim), 16),
             "BM": tile, "BN": tile, "WINDOW": self.window is not None,
             "WH": wh, "WW": ww, "SH": sh, "SW": sw, "BIAS": bias, "REGION": region, "ACC": acc_type(dtype),
-            "UNIT": unit, **dot_options(dtype), "num_warps": warps, "num_stages": 2,
+            "UNIT": unit, **dot_options(dtype), "num_warps": warps, "num_stages": 2 if light else 1,
         }  # fmt: skip
 
     def sizes(self, scale: float) -> tuple[Any, ...]:
