@@ -91,7 +91,7 @@ def block_statistics(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     count = (rows - starts).clamp(max=block).to(x.dtype).unsqueeze(-1)
     unit = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
     missing = blocks * block - rows
-    if missing:
+    if not (isinstance(missing, int) and missing == 0):  # a symbolic size is padded, perhaps by nothing
         x, unit = pad(x, (0, 0, 0, missing)), pad(unit, (0, 0, 0, missing))
     mean = x.unflatten(2, (blocks, block)).sum(3) / count
     mean_unit = unit.unflatten(2, (blocks, block)).sum(3) / count
@@ -132,7 +132,9 @@ def block_prediction(
         count = (ordered.cumsum(-1) <= cdf).sum(-1, dtype=torch.int32).clamp_min(1)
     else:
         assert topk is not None
-        count = torch.full(prob.shape[:-1], max(1, int(topk * num_keys)), dtype=torch.int32, device=q.device)
+        # floor(topk * NK) as a count of ranks, so that NK may be symbolic; in float64, as Python multiplies
+        ranks = torch.arange(1, num_keys + 1, device=q.device, dtype=torch.float64)
+        count = (ranks <= topk * num_keys).sum(dtype=torch.int32).clamp_min(1).expand(prob.shape[:-1])
     best = torch.arange(num_keys, device=q.device) < count.unsqueeze(-1)
     mask = torch.zeros_like(best).scatter(-1, order, best)
     mask = mask | ~similar | (sim_q <= sim_threshold).unsqueeze(-1)
