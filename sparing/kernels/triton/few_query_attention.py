@@ -198,9 +198,11 @@ def default_config(direction: str, queries: int, head_dim: int, dtype: torch.dty
     the resident queries (and in the backward their gradients) take, the fewer keys fit beside them; float32 dots
     split every operand.
     """
-    resident = queries * head_dim * dtype.itemsize * (2 if dtype.itemsize > 2 else 1)
+    resident = queries * head_dim * dtype.itemsize * (4 if dtype.itemsize > 2 else 1)
     resident *= 1 if direction == "forward" else 2
     keys = 64 if resident <= 16384 else 32 if resident <= 32768 else 16
+    if direction == "backward" and head_dim > 128:
+        keys = min(keys, 32)
     wide = head_dim * dtype.itemsize >= 256
     return Config(queries, keys, 8 if wide else 4, 3 if direction == "forward" and not wide else 2)
 
