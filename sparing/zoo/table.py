@@ -183,7 +183,8 @@ _add(
     notes="published files (csncsn/STViT-R on the hub) load by sparing.vision.stvit_r.load_reference",
 )
 METHODS["stvit_r"] = "sparing.vision.stvit_r:STViTR"
-PAPERS["stvit_r"] = PAPERS["stvit"]
+METHODS["stvit_r_vit"] = "sparing.vision.stvit_r_vit:DumbbellViT"
+PAPERS["stvit_r"] = PAPERS["stvit_r_vit"] = PAPERS["stvit"]
 
 # -- diffusion: FlexDiT. Only DiT-XL/2 is published as a dense host (its weights: CC-BY-NC); no FlexDiT weights are.
 _XL = {"license_weights": "cc-by-nc-4.0", "license_data": _IMAGENET}

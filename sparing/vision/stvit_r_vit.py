@@ -1,0 +1,262 @@
+"""STViT-R on plain ViTs: dumbbell units between full-resolution layers, so that a ViT keeps its dense map.
+
+The unit of STViT-R (Chang et al., CVPR 2023, section 3.3) on any timm ViT; the paper has it on Swin only, this form
+is ours. Six layers of the host make one unit and keep their weights:
+
+| layer of a unit | queries | keys and values |
+| --- | --- | --- |
+| 0 the host's own | X | X |
+| 1 generation 1 | P, pooled from the grid of X | X |
+| 2 generation 2 | S1 (+ G in the first unit) | S1 and X |
+| 3, 4 semantic | S | S |
+| 5 recovery | X of layer 0 | S |
+
+X holds image tokens and whatever prefix tokens the host has ``(batch, prefix + N, dim)``, S ``(batch, M, dim)``.
+"""
+
+import copy
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from timm.layers import PatchDropout
+from timm.models import checkpoint
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from sparing.vision.dumbbell import BLOCKS_PER_UNIT
+from sparing.vision.semantic_pooling import POOLINGS, make_pooling
+from sparing.vision.split_attention import cross_block
+from sparing.vision.stvit import NumTokens, _center_grid, _pair
+from sparing.vision.vit_contracts import (
+    check_images,
+    check_output_format,
+    pack_intermediates,
+    refuse_masks,
+    take_indices,
+)
+from sparing.vision.vit_hosts import adopt, build_vit, check_vit, describe_vit, model_name
+from sparing.zoo.twins import Status, Twin
+
+__all__ = ["DumbbellViT", "DumbbellViTDistilled"]
+
+_OWN = ("center_pooling", "global_centers")
+
+
+class DumbbellViT(Twin, VisionTransformer):
+    """STViT-R twin of a timm ViT; new parameters are ``center_pooling.UNIT.*`` and ``global_centers``.
+
+    Made by ``from_host``. The constructor takes the host over as it is (no copy).
+
+    Args:
+        host: a timm ``VisionTransformer`` whose depth is a multiple of 6.
+        num_tokens: semantic tokens: a square number, (rows, columns), None for round(4 * grid / 14) a side, or 'all'
+            for the host's own computation.
+        pooling: first centers of every unit: 'weighted', 'avg' or 'max'.
+
+    Raises:
+        ValueError: numbers that do not fit the host; they are named.
+    """
+
+    method: ClassVar[str] = "stvit_r_vit"
+    training: ClassVar[Literal["none", "required"]] = "required"  # type: ignore[misc,assignment]
+
+    def __init__(self, host: VisionTransformer, *, num_tokens: NumTokens = None, pooling: str = "weighted") -> None:
+        check_vit(host, method=self.method)
+        centers = None if num_tokens == "all" else _center_grid(num_tokens, host.patch_embed.grid_size)
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling {pooling!r} is unknown; {', '.join(POOLINGS)} are accepted")
+        if centers is not None and len(host.blocks) % BLOCKS_PER_UNIT:
+            raise ValueError(_depth_reason(host))
+        if centers is not None and isinstance(host.patch_drop, PatchDropout) and host.patch_drop.prob > 0:
+            raise ValueError(
+                f"{model_name(host)} drops patches in training (patch_drop_rate {host.patch_drop.prob}); centers are "
+                "pooled from the full grid: set host.patch_drop = nn.Identity()"
+            )
+        adopt(self, host)
+        self.status: Status = "exact" if centers is None else "converted, not trained"
+        self.semantic_grid = centers
+        self.host_name = model_name(host)
+        config = getattr(host, "pretrained_cfg", None) or {}
+        self.license = {"code": "apache-2.0", "weights": config.get("license"), "data": None}
+        self._knobs = {"num_tokens": "all" if centers is None else list(centers), "pooling": pooling}
+        self.center_pooling: nn.ModuleList | None = None
+        self.global_centers: nn.Parameter | None = None
+        if centers is not None:
+            place = {"device": self.patch_embed.proj.weight.device, "dtype": self.patch_embed.proj.weight.dtype}
+            units = len(self.blocks) // BLOCKS_PER_UNIT
+            poolings = [make_pooling(pooling, self.embed_dim, centers).to(**place) for _ in range(units)]
+            self.center_pooling = nn.ModuleList(poolings).train(self.training)
+            self.global_centers = nn.Parameter(torch.empty(1, centers[0] * centers[1], self.embed_dim, **place))
+            nn.init.trunc_normal_(self.global_centers, std=0.02)
+        self._update_feature_info()
+
+    # --- The twin contract ---
+
+    @classmethod
+    def from_host(cls, host: nn.Module, **knobs: Any) -> Self:
+        """The twin of a live host, from a copy of its modules; raises as the constructor and ``check_vit`` do."""
+        check_vit(host, method=cls.method)
+        return _twin_class(host)(copy.deepcopy(host), **knobs)  # type: ignore[return-value]
+
+    @classmethod
+    def why_not(cls, host: nn.Module) -> list[str]:
+        try:
+            check_vit(host, method=cls.method)
+        except (TypeError, NotImplementedError) as reason:
+            return [str(reason)]
+        return [_depth_reason(host)] if len(host.blocks) % BLOCKS_PER_UNIT else []  # type: ignore[arg-type]
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        return dict(self._knobs)
+
+    def twin_config(self) -> dict[str, Any]:
+        return {"knobs": self.knobs, "host": {"name": self.host_name, **describe_vit(self, own=_OWN)}}
+
+    @classmethod
+    def from_twin_config(cls, config: dict[str, Any]) -> Self:
+        knobs = dict(config["knobs"])
+        if isinstance(knobs["num_tokens"], list):
+            knobs["num_tokens"] = tuple(knobs["num_tokens"])
+        host = build_vit(config["host"])
+        host.pretrained_cfg = host.default_cfg = dict(config.get("pretrained_cfg") or {})
+        twin = _twin_class(host)(host, **knobs)
+        twin.license = config.get("license") or twin.license
+        twin.host_name = config["host"].get("name", twin.host_name)
+        return twin  # type: ignore[return-value]
+
+    # --- Forward ---
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images -> tokens before the first block (batch, prefix + N, dim), by timm's own embedding."""
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))  # type: ignore[no-any-return]
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Images (batch, channels, height, width) -> all tokens after the last norm (batch, prefix + N, dim)."""
+        refuse_masks(attn_mask, is_causal)
+        grid = check_images(self, x)
+        return self.norm(self._blocks(self.embed(x), grid)[0])  # type: ignore[no-any-return]
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """timm's contract. Layers 0 and 5 of a unit give maps of the image's grid, layers 1 to 4 semantic maps."""
+        check_output_format(output_fmt)
+        refuse_masks(attn_mask, is_causal)
+        take = take_indices(len(self.blocks), indices)
+        grid = check_images(self, x)
+        tokens, taken = self._blocks(self.embed(x), grid, take=take, stop=max(take) + 1 if stop_early else None)
+        full = [self._is_full(i) for i in take]
+        maps = [self.norm(taken[i]) if norm else taken[i] for i in take]
+        return pack_intermediates(
+            maps,
+            [grid if whole else (self.semantic_grid or grid) for whole in full],
+            None if intermediates_only else self.norm(tokens),
+            num_prefix=self.num_prefix_tokens,
+            output_fmt=output_fmt,
+            return_prefix_tokens=return_prefix_tokens,
+            output_dict=output_dict,
+        )
+
+    def _is_full(self, index: int) -> bool:
+        return self.semantic_grid is None or index % BLOCKS_PER_UNIT in (0, BLOCKS_PER_UNIT - 1)
+
+    def _blocks(
+        self, image: Tensor, grid: tuple[int, int], *, take: Iterable[int] = (), stop: int | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """All layers (or the first ``stop``) -> X, and the outputs in ``take``, each behind the prefix tokens of X."""
+        taken, wanted, prefix = {}, set(take), self.num_prefix_tokens
+        saves = self.grad_checkpointing and torch.is_grad_enabled()
+        semantic = image
+        for index, block in enumerate(self.blocks):
+            if stop is not None and index >= stop:
+                break
+            run: Any = partial(cross_block, block)
+            role = index % BLOCKS_PER_UNIT
+            streams: tuple[Tensor, ...]
+            if self.semantic_grid is None or role == 0:
+                run, streams = block, (image,)
+            elif role == 1:
+                assert self.center_pooling is not None
+                pooling = self.center_pooling[index // BLOCKS_PER_UNIT]
+                streams = (pooling(image[:, prefix:], grid), image)
+            elif role == 2:
+                query = semantic + self.global_centers if index == 2 else semantic
+                streams = (query, torch.cat([semantic, image], dim=1))
+            elif role == BLOCKS_PER_UNIT - 1:
+                streams = (image, semantic)
+            else:
+                run, streams = block, (semantic,)
+            out = checkpoint(run, *streams) if saves else run(*streams)
+            if self._is_full(index):
+                image = out
+            else:
+                semantic = out
+            if index in wanted:
+                taken[index] = out if self._is_full(index) else torch.cat([image[:, :prefix], out], dim=1)
+        return image, taken
+
+    # --- timm's other contracts ---
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return super().no_weight_decay() | {"global_centers"}
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        """timm's: new image or patch size; the number of semantic tokens stays."""
+        if self.semantic_grid is not None:
+            sides = zip(_pair(img_size or self.patch_embed.img_size), _pair(patch_size or self.patch_embed.patch_size))
+            _center_grid(self.semantic_grid, tuple(side // patch for side, patch in sides))  # type: ignore[arg-type]
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        self._update_feature_info()
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """timm's: cut the blocks behind the last one taken."""
+        take: list[int] = super().prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
+        if self.center_pooling is not None:
+            self.center_pooling = self.center_pooling[: -(-(len(self.blocks) - 1) // BLOCKS_PER_UNIT)]
+        return take
+
+    def _update_feature_info(self) -> None:
+        patch, reduction = self.patch_embed.feat_ratio(), 0.0
+        if self.semantic_grid is not None:
+            height, width = self.patch_embed.img_size
+            reduction = max(height / self.semantic_grid[0], width / self.semantic_grid[1])
+        self.feature_info = [
+            {
+                "module": f"blocks.{i}",
+                "num_chs": self.embed_dim,
+                "reduction": patch if self._is_full(i) else reduction,
+            }
+            for i in range(len(self.blocks))
+        ]
+
+
+class DumbbellViTDistilled(DumbbellViT, VisionTransformerDistilled):
+    """The STViT-R twin of a distilled DeiT."""
+
+
+def _twin_class(host: nn.Module) -> type[DumbbellViT]:
+    return DumbbellViTDistilled if isinstance(host, VisionTransformerDistilled) else DumbbellViT
+
+
+def _depth_reason(host: VisionTransformer) -> str:
+    return (
+        f"{model_name(host)} has {len(host.blocks)} blocks; a dumbbell unit takes six, so the depth must be a multiple "
+        f"of {BLOCKS_PER_UNIT}"
+    )
