@@ -29,7 +29,9 @@ def build(case: Case) -> dict[str, Tensor]:
     x, metric = case.inputs["tokens"], case.inputs["metric"]
     batch, tokens, _ = x.shape
     merge = match_tokens(metric, case.config["r"], protected=case.config["class_token"] + case.config["distill_token"])
-    assert merge is not None
+    if merge is None:
+        assert case.config["r_effective"] == 0
+        return _unchanged(case)
     assert merge.merged.shape[1] == case.config["r_effective"]
     merged, size = merge.mean(x, x.new_ones(batch, tokens, 1))
     start = torch.arange(1, tokens + 1, dtype=x.dtype)[None, :, None].expand(batch, tokens, 1)
@@ -43,6 +45,18 @@ def build(case: Case) -> dict[str, Tensor]:
         "unmerged": merge.unmerge(merged),
     }
     return {name: by_role[role] for name, (role, _) in case.options["roles"].items()}
+
+
+def _unchanged(case: Case) -> dict[str, Tensor]:
+    """Nothing merges: every token is its own group."""
+    x = case.inputs["tokens"]
+    batch, tokens, _ = x.shape
+    sizes = {
+        "size": x.new_ones(batch, tokens, 1),
+        "size_weighted": torch.arange(1, tokens + 1, dtype=x.dtype)[None, :, None].expand(batch, tokens, 1),
+        "source": torch.eye(tokens).expand(batch, tokens, tokens),
+    }
+    return {name: sizes.get(role, x) for name, (role, _) in case.options["roles"].items()}
 
 
 BUILDERS = {"tome_bipartite_merge": build}
