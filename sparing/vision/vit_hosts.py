@@ -35,7 +35,7 @@ VIT_CLASSES: dict[str, type[VisionTransformer]] = {
 # A subclass that changes one of these computes something else than the class whose modules a twin takes over.
 _COMPUTATION = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
 # timm models whose blocks take a rotary embedding: semantic tokens have no grid cell to rotate by (spec A4, EVA).
-_ROTARY_CLASSES = ("Eva", "EvaBlock", "NaFlexVit")
+_ROTARY_CLASSES = ("Eva",)
 _MLP_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "Mlp": Mlp,
     "GluMlp": GluMlp,
