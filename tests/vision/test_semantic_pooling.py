@@ -76,6 +76,7 @@ def test_weights_come_from_the_cell_alone_and_padding_is_outside_the_softmax():
     pool = WeightedPooling(DIM, (count, count))
     pool.reset_parameters(from_scratch=True)
     torch.nn.init.normal_(pool.logit.weight)
+    assert pool.norm.eps == 1e-5  # of the author's channels-first norm, unlike the 1e-6 of the host's norms
     tokens = tokens_for(grid)
     centers, weights = pool.pool(tokens, grid)
     padded = F.pad(tokens.unflatten(1, grid), (0, 0, 1, 1, 1, 1))
