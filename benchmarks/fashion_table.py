@@ -1,7 +1,7 @@
 """The toy-scale table of docs/results.md: host, STViT, ToMe, a plain ViT and a CNN at STViT's FLOPs, on Fashion-MNIST.
 
     python benchmarks/fashion_table.py train --data DIR --seed 0 [--row host]    # one seed, or one row of it; resumes
-    python benchmarks/fashion_table.py evaluate --data DIR                       # untrained and training-free rows
+    python benchmarks/fashion_table.py evaluate --data DIR --seed 0              # untrained and training-free rows
     python benchmarks/fashion_table.py report                                    # table, curves, docs/results.md
     python benchmarks/fashion_table.py ship --seed 0                             # fp16 files into sparing/zoo/weights
 
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,12 +28,17 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import sparing
+from sparing.recipes.demo import equal_cost_rate
 from sparing.recipes.train_vision import TrainSettings, accuracy, train
-from sparing.training import FitSettings, ImageSettings, image_batches
+from sparing.training import FitSettings, ImageSettings, atomic_file, image_batches, open_images, write_json
 from sparing.vision.micro import vit_micro_patch4_28
+from sparing.zoo.profile import Profile
+from sparing.zoo.weights import SHIPPED
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "fashion"
+SHIPPED_NAMES = {"host": "vit_micro_patch4_28.demo_fashion", "stvit": "stvit_vit_micro_patch4_28.demo_fashion"}
+SAMPLES_A_CLASS = 40
 RESULTS = ROOT / "benchmarks" / "results" / "fashion.jsonl"
 
 START = FitSettings(
@@ -87,12 +93,30 @@ def stvit_of(host: nn.Module) -> nn.Module:
     return sparing.twin(host, "stvit", num_tokens=9, base_depth=2)
 
 
+def tome_of(host: nn.Module) -> nn.Module:
+    """ToMe at the rate whose FLOPs are nearest to STViT's."""
+    return sparing.twin(host, "tome", r=equal_cost_rate(host, count(stvit_of(host)).macs))
+
+
+def count(model: nn.Module) -> Profile:
+    return sparing.profile(model, torch.zeros(1, 1, 28, 28), measure=False)
+
+
 FROM_SCRATCH: dict[str, Callable[[], nn.Module]] = {
     "host": vit_micro_patch4_28,
     "plain": plain_at_equal_flops,
     "cnn": SmallCNN,
 }
 TRAINED = ("host", "stvit", "plain", "cnn")
+FROM_HOST = {"stvit untrained": stvit_of, "tome": tome_of}
+LABELS = {
+    "host": "host: plain ViT, patch 4, 49 tokens",
+    "stvit": "STViT, 9 semantic tokens, trained",
+    "stvit untrained": "STViT, 9 semantic tokens, converted, not trained",
+    "tome": "ToMe, training-free, r nearest in FLOPs",
+    "plain": "plain ViT at STViT's FLOPs: patch 7, 16 tokens, width 111",
+    "cnn": "small CNN at STViT's FLOPs",
+}
 
 
 def through_fp16(model: nn.Module, file: Path) -> int:
@@ -167,6 +191,162 @@ def curve(folder: Path) -> list[dict]:
     return [point for path in stages if path.exists() for point in json.loads(path.read_text())["history"]]
 
 
+def derive(seed: int, data: str) -> None:
+    """The rows that need no training, from the stored fp16 host of a seed."""
+    file = RUNS / f"seed{seed}" / "host" / "fp16.safetensors"
+    if not file.exists():
+        raise SystemExit(f"the host of seed {seed} is not trained: run train --row host --seed {seed} first")
+    for row, make in FROM_HOST.items():
+        if recorded(row, seed):
+            continue
+        host = vit_micro_patch4_28()
+        host.load_state_dict({name: value.float() for name, value in load_file(file).items()})
+        torch.manual_seed(seed)
+        twin = make(host)
+        append(
+            {
+                "row": row,
+                "seed": seed,
+                "test_accuracy": evaluate(twin, data),
+                "knobs": twin.knobs,
+                "status": twin.status,
+            }
+        )
+
+
+def report() -> None:
+    """Write the table into docs/results.md (between its markers) and the curves beside it; print the table."""
+    host = vit_micro_patch4_28()
+    shapes = {
+        "host": host,
+        "stvit": stvit_of(host),
+        "plain": plain_at_equal_flops(),
+        "cnn": SmallCNN(),
+        "tome": tome_of(host),
+    }
+    shapes["stvit untrained"] = shapes["stvit"]
+    costs = {row: count(model) for row, model in shapes.items()}
+    found = {row: sorted((r for r in records() if r["row"] == row), key=lambda r: r["seed"]) for row in LABELS}
+    lines = [
+        "| model | MMACs | of host | parameters | test accuracy %: mean (each seed) | to host | fp16, MB "
+        "| CPU minutes |",
+        "| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |",
+    ]
+    hosts = {record["seed"]: record["test_accuracy"] for record in found["host"]}
+    for row, label in LABELS.items():
+        runs = found[row]
+        if not runs:
+            continue
+        scores = [100 * record["test_accuracy"] for record in runs]
+        gaps = [100 * (record["test_accuracy"] - hosts[record["seed"]]) for record in runs if record["seed"] in hosts]
+        size = f"{runs[0]['file_bytes'] / 1e6:.2f}" if "file_bytes" in runs[0] else "-"
+        minutes = [record["cpu_seconds_of_last_call"] / 60 for record in runs if "cpu_seconds_of_last_call" in record]
+        spent = f"{mean(minutes):.1f}" if minutes else "none"
+        cost = costs[row]
+        each = ", ".join(f"{score:.2f}" for score in scores)
+        lines.append(
+            f"| {label} | {cost.macs / 1e6:.2f} | {cost.macs / costs['host'].macs:.2f} | {cost.params:,} "
+            f"| **{mean(scores):.2f}** ({each}) | {mean(gaps):+.2f} | {size} | {spent} |"
+        )
+    table = "\n".join(lines)
+    print(table)
+    page = ROOT / "docs" / "results.md"
+    before, begin, rest = page.read_text().partition("<!-- fashion: begin -->\n")
+    _, end, after = rest.partition("<!-- fashion: end -->")
+    page.write_text(f"{before}{begin}{table}\n{end}{after}")
+    draw(found, costs)
+
+
+def draw(found: dict[str, list[dict]], costs: dict) -> None:
+    """docs/fashion_table.png: test accuracy over epochs, and over FLOPs."""
+    from matplotlib.figure import Figure
+
+    colours = {
+        "host": "#222222",
+        "stvit": "#0072b2",
+        "stvit untrained": "#56b4e9",
+        "tome": "#e69f00",
+        "plain": "#009e73",
+        "cnn": "#cc79a7",
+    }
+    figure = Figure(figsize=(10.5, 4.2), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for row, runs in found.items():
+        for number, record in enumerate(runs):
+            curve_points = record.get("curve", [])
+            first = START.epochs if row == "stvit" else 0
+            epochs = [first + place + 1 for place in range(len(curve_points))]
+            label = LABELS[row].partition(",")[0].partition(":")[0] if number == 0 else None
+            left.plot(
+                epochs,
+                [100 * p["test_accuracy"] for p in curve_points],
+                "o-",
+                color=colours[row],
+                ms=3,
+                lw=1,
+                alpha=0.8,
+            )
+            right.plot(
+                costs[row].macs / 1e6,
+                100 * record["test_accuracy"],
+                "o",
+                color=colours[row],
+                label=label,
+                ms=6,
+                alpha=0.8,
+            )
+    left.axvline(START.epochs + 0.5, color="#bbbbbb", lw=1, ls=":")
+    left.text(START.epochs + 0.45, 80.3, "start ", ha="right", fontsize=8, color="#777777")
+    left.text(START.epochs + 0.55, 80.3, " extra", ha="left", fontsize=8, color="#777777")
+    left.set(xlabel="epoch", ylabel="test accuracy, %", ylim=(78, 94), title="while training (fp32 weights)")
+    right.set(xlabel="MMACs an image", xlim=(0, 52), title="stored fp16 weights, every seed")
+    right.legend(fontsize=8, loc="lower right")
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("Fashion-MNIST, toy scale: checks the mechanism, says nothing about ImageNet", fontsize=10)
+    figure.savefig(ROOT / "docs" / "fashion_table.png")
+
+
+def ship(seed: int, data: str) -> None:
+    """Host and twin of a seed as shipped weights with their cards, and sample images for the demo."""
+    import gzip
+    import shutil
+    import struct
+
+    test = open_images(data, split="test", channels=1)
+    for row, name in SHIPPED_NAMES.items():
+        record = recorded(row, seed)
+        if record is None:
+            raise SystemExit(f"no {row} of seed {seed}: run train first")
+        shutil.copyfile(RUNS / f"seed{seed}" / row / "fp16.safetensors", SHIPPED / f"{name}.safetensors")
+        measured = {
+            "top1_fashion_mnist_test_percent": round(100 * record["test_accuracy"], 2),
+            "test_images": len(test),
+            "macs": int(count({"host": vit_micro_patch4_28(), "stvit": stvit_of(vit_micro_patch4_28())}[row]).macs),
+            "file_bytes": record["file_bytes"],
+            "weights_dtype": "float16",
+        }
+        card = {
+            "training": f"benchmarks/fashion_table.py train --row {row} --seed {seed}: "
+            + f"{START.epochs} epochs from scratch{'' if row == 'host' else ' as the host'}, {EXTRA.epochs} more",
+            "license": {"code": "apache-2.0", "weights": "apache-2.0", "data": "mit"},
+            "measured": measured,
+            "settings": {key: record[key] for key in ("start", "extra", "train")},
+        }
+        write_json(SHIPPED / f"{name}.json", card)
+    # the first SAMPLES_A_CLASS test images of each class, in the order of the test set
+    chosen = sorted(
+        place for label in range(10) for place in (test.labels == label).nonzero().flatten()[:SAMPLES_A_CLASS].tolist()
+    )
+    for kind, array in (("images-idx3", test.images[chosen, 0]), ("labels-idx1", test.labels[chosen].to(torch.uint8))):
+        header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+        content = gzip.compress(header + array.contiguous().numpy().tobytes(), 9, mtime=0)
+        with atomic_file(SHIPPED / "samples" / f"fashion-{kind}-ubyte.gz") as file:
+            file.write(content)
+    print(f"shipped {', '.join(SHIPPED_NAMES.values())} and {len(chosen)} images")
+
+
 def evaluate(model: nn.Module, data: str) -> float:
     return accuracy(model.eval(), image_batches(model, data, split="test", settings=IMAGES))
 
@@ -197,6 +377,12 @@ def main() -> None:
     if arguments.what == "train":
         for row in [arguments.row] if arguments.row else TRAINED:
             run(row, arguments.seed, arguments.data)
+    elif arguments.what == "evaluate":
+        derive(arguments.seed, arguments.data)
+    elif arguments.what == "report":
+        report()
+    else:
+        ship(arguments.seed, arguments.data)
 
 
 if __name__ == "__main__":

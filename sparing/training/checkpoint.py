@@ -27,6 +27,9 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner reads
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -11,9 +11,16 @@ from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 
+from sparing.vision.stvit import SemanticTokenViT
 from sparing.zoo.registry import register_model
 
-__all__ = ["FASHION_CLASSES", "FASHION_MEAN", "FASHION_STD", "vit_micro_patch4_28"]
+__all__ = [
+    "FASHION_CLASSES",
+    "FASHION_MEAN",
+    "FASHION_STD",
+    "stvit_vit_micro_patch4_28",
+    "vit_micro_patch4_28",
+]
 
 # names of the ten labels, in the order of the data set (github.com/zalandoresearch/fashion-mnist)
 FASHION_CLASSES = (
@@ -62,3 +69,13 @@ def vit_micro_patch4_28(pretrained: bool = False, **kwargs: Any) -> VisionTransf
         "license": "apache-2.0",
     }
     return model
+
+
+@register_model(timm=True)
+def stvit_vit_micro_patch4_28(
+    pretrained: bool = False, *, num_tokens: int | tuple[int, int] | str = 9, base_depth: int = 2, **kwargs: Any
+) -> SemanticTokenViT:
+    """STViT twin of ``vit_micro_patch4_28``: base of 2 blocks, generation of 2, 3 x 3 semantic tokens, 58% fewer
+    FLOPs."""
+    host = vit_micro_patch4_28(**kwargs)
+    return SemanticTokenViT.from_host(host, num_tokens=num_tokens, base_depth=base_depth)

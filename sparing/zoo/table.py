@@ -101,15 +101,33 @@ def closest(name: str, known: Iterable[str], *, most: int = 4) -> str:
     return f"closest: {', '.join(names)}" if names else ""
 
 
-# -- vision: the small host of the demo, trained by benchmarks/fashion_table.py
+# -- vision: the small host of the demo and its twin, trained by benchmarks/fashion_table.py
+_DEMO = {
+    "license_weights": "apache-2.0",
+    "license_data": "mit",
+    "source": "shipped",
+    "loader": "verified",
+    "demo": True,
+    "notes": "Fashion-MNIST, 28 x 28 grey",
+}
 _add(
     "sparing.vision.micro",
     "image-classification",
     None,
     {"vit_micro_patch4_28.demo_fashion": {"params": 902_218}},
-    license_data="mit",
-    demo=True,
-    notes="Fashion-MNIST, 28 x 28 grey",
+    **_DEMO,
+)
+_add(
+    "sparing.vision.micro",
+    "image-classification",
+    "stvit",
+    {
+        "stvit_vit_micro_patch4_28.demo_fashion": {
+            "params": 904_330,
+            "host": "vit_micro_patch4_28.demo_fashion",
+        }
+    },
+    **_DEMO,
 )
 
 _IMAGENET = "ImageNet (terms of access: non-commercial research)"
