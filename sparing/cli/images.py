@@ -100,4 +100,5 @@ def demo(
     """Show host, STViT and ToMe side by side on real images that come with sparing; needs no network."""
     from sparing.recipes.demo import run_demo
 
-    write_json(run_demo(out), json_file)
+    only_json = str(json_file) == "-"
+    write_json(run_demo(out, say=lambda text: typer.echo(text, err=only_json)), json_file)
