@@ -105,7 +105,7 @@ EXPORTS = {
     "attention": (kernels.attention, _heads_first, _QKV),
     "attention_weights": (lambda q, k, v: kernels.attention_weights(q, k), _heads_first, _QKV),
     "varlen": (_packed, _heads_first, _QKV),
-    # block counts are quotients of the token count, about which torch's solver cannot prove every guard: it infers the range
+    # block counts are quotients of the token count; torch's solver cannot prove every guard and infers the range
     "block_sparse": (_sparse, _heads_first, [{0: _BATCH, 2: Dim.AUTO}] * 3),
     "few_query": (kernels.few_query_attention, _few_query_inputs, [{0: _BATCH}, *_QKV[1:]]),
     "tiny": (
