@@ -77,7 +77,7 @@ class TokenMerge(NamedTuple):
         1).
         """
         merged_size = self.sum(size)
-        return self.sum(x * size) / merged_size, merged_size
+        return (self.sum(x * size) / merged_size).to(x.dtype), merged_size
 
     def destination(self) -> Tensor:
         """(batch, T) output position of every input token."""
@@ -293,7 +293,7 @@ class TokenMergingViT(Twin, VisionTransformer):
         """The tokens that are left, what each stands for, and where every original token went."""
         tokens, size, destination, _ = self._blocks(images, follow=True)
         if size is None or destination is None:
-            size = tokens.new_ones(*tokens.shape[:2], 1)
+            size = torch.ones(*tokens.shape[:2], 1, device=tokens.device)
             destination = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
         return MergedTokens(self.norm(tokens), size, destination)
 
@@ -386,7 +386,8 @@ def merging_block(
     tokens = tokens + block.drop_path1(block.ls1(attended))
     merge = match_tokens(keys.mean(1), r, protected=protected)
     if merge is not None:
-        size = tokens.new_ones(*tokens.shape[:2], 1) if size is None else size
+        # Sizes are float32 in half-precision twins too: bfloat16 counts to 256 only. The weighted sum follows.
+        size = torch.ones(*tokens.shape[:2], 1, device=tokens.device) if size is None else size
         tokens, size = merge.mean(tokens, size)
     return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens)))), size, merge
 

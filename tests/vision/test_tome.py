@@ -71,6 +71,17 @@ def test_similarity_is_float32_and_ignores_length():
     assert torch.equal(match_tokens(half, 5).destination(), match_tokens(half.float(), 5).destination())
 
 
+def test_a_half_precision_mean_counts_beyond_256():
+    x = torch.ones(1, 700, 4, dtype=torch.bfloat16)
+    size = torch.ones(1, 700, 1)
+    while x.shape[1] > 2:
+        merge = match_tokens(draw(1, x.shape[1], 4), x.shape[1])
+        x, size = merge.mean(x, size)
+    assert size.sum() == 700
+    assert x.dtype == torch.bfloat16
+    assert x.eq(1).all()
+
+
 def test_deterministic_algorithms_give_the_same_merge():
     x = draw(2, 31, 4)
     merge = match_tokens(draw(2, 31, 8, seed=1), 9, protected=2)
@@ -222,6 +233,8 @@ def test_half_precision_runs(dtype):
     full = twin(images)
     out = twin.to(dtype)(images.to(dtype))
     assert out.dtype == dtype
+    merged = twin.merged_features(images.to(dtype))
+    assert (merged.tokens.dtype, merged.size.dtype) == (dtype, torch.float32)
     torch.testing.assert_close(out.float(), full, atol=0.3, rtol=0.3)
 
 
