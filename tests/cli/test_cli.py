@@ -15,6 +15,7 @@ from zoo.conftest import toy_zoo  # noqa: F401  (a fixture)
 import sparing
 from sparing.cli import app
 from sparing.cli.options import parse_twin
+from sparing.zoo.weights import SHIPPED
 
 
 def run(*arguments):
@@ -150,6 +151,25 @@ def test_classify_reads_folders_and_prints_labels_and_status(saved_classifier, p
     chances = model(pixels).detach().softmax(1)[0]
     assert first["labels"][0] == "abcd"[int(chances.argmax())]
     assert first["probabilities"][0] == pytest.approx(float(chances.max()), rel=1e-5)
+
+
+def test_the_default_model_names_clothes_on_shipped_pictures(tmp_path):
+    from sparing.training import read_idx
+    from sparing.vision.micro import FASHION_CLASSES
+
+    images = read_idx(SHIPPED / "samples" / "fashion-images-idx3-ubyte.gz")[:20]
+    labels = read_idx(SHIPPED / "samples" / "fashion-labels-idx1-ubyte.gz")[:20]
+    for index, image in enumerate(images):
+        Image.fromarray(image.numpy()).save(tmp_path / f"{index:02}.png")
+    result = run("classify", tmp_path, "--topk", 1, "--json", "-")
+    assert result.exit_code == 0, result.output
+    named = [prediction["labels"][0] for prediction in json.loads(result.stdout)["predictions"]]
+    right = sum(name == FASHION_CLASSES[label] for name, label in zip(named, labels.tolist(), strict=True))
+    assert right >= 16  # the model is right on nine of ten
+    assert json.loads(result.stdout)["status"] == "trained"
+    colour = tmp_path / "colour.png"
+    Image.new("RGB", (28, 28)).save(colour)
+    assert "a colour image, a grey image is needed" in fails("classify", colour)
 
 
 def test_classify_holds_a_model_against_its_host(saved_classifier, pictures):
