@@ -7,6 +7,7 @@ also with the math backend.
 """
 
 import copy
+import importlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -141,6 +142,7 @@ def count_flops(model: nn.Module, *inputs: Any, kwargs: Mapping[str, Any] | None
 
 
 def _count(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    importlib.import_module("sparing.kernels.flops")  # makes our custom ops known to counters made afterwards
     counter = FlopCounterMode(display=False)
     with evaluation(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(*inputs, **kwargs)

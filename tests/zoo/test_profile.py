@@ -1,11 +1,14 @@
 """Costs: parameters and FLOPs exactly, times by their statistics, peak memory by what is alive."""
 
+import os
+
 import pytest
 import timm
 import torch
 from torch import nn
 
 import sparing
+from sparing.kernels import tiny_attention
 from sparing.zoo import profile as profiling
 
 
@@ -54,6 +57,19 @@ def test_counting_allocates_no_second_copy_of_the_weights():
 def test_a_compiled_model_counts_what_it_was_compiled_from():
     model = torch.compile(nn.Linear(4, 5), backend="aot_eager")
     assert sparing.profile(model, torch.ones(2, 4), measure=False).flops == 2 * 2 * 4 * 5
+
+
+class CustomOp(nn.Module):
+    """Attention by a Triton custom op, which the counter knows only through our formula."""
+
+    def forward(self, q):
+        return tiny_attention(q, q, q, backend="triton")
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the Triton interpreter")
+def test_custom_ops_count_by_their_formulas():
+    q = torch.randn(2, 3, 8, 16, generator=torch.Generator().manual_seed(0))
+    assert profiling.count_flops(CustomOp(), q) == 2 * (2 * 3 * 8 * 8) * (16 + 16)
 
 
 def test_batches_count_and_divide():
