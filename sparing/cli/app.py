@@ -59,7 +59,7 @@ def _main(
     """Efficient twins of dense models: list, make, measure, use."""
 
 
-from sparing.cli import bench, doctor, generate, images, recipes, zoo  # noqa: E402, F401  (they add their commands to the app)
+from sparing.cli import bench, detect, doctor, generate, images, recipes, zoo  # noqa: E402, F401  (they add commands)
 
 
 def main() -> None:
