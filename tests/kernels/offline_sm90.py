@@ -109,10 +109,11 @@ def count_variants(launches: dict[str, Any]) -> dict[str, int]:
     variants: dict[str, set[str]] = {}
 
     def capture(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        variants.setdefault(self.fn.__name__, set()).add(repr(describe(self, args, kwargs)))
+        variants.setdefault(f"{op}: {self.fn.__name__}", set()).add(repr(describe(self, args, kwargs)))
 
     JITFunction.run = capture  # type: ignore[method-assign]
-    for launch in launches.values():
+    for name, launch in launches.items():
+        op = name.split("/")[0]
         launch()
     return {name: len(found) for name, found in variants.items()}
 

@@ -33,7 +33,8 @@ from sparing.kernels.triton.windows import (
 
 __all__ = ["Problems", "backward", "forward"]
 
-_SIZES = [f"{name}_{part}" for name in ("q", "k", "v", "o", "bias") for part in ("batch", "mid", "row")]
+_TENSORS = ("q", "k", "v", "g", "o", "dq", "dk", "dv", "first", "second", "bias")
+_SIZES = [f"{name}_{part}" for name in _TENSORS for part in ("batch", "mid", "row")]
 _SIZES += ["problems", "groups", "heads", "num_queries", "num_keys", "map_h", "map_w"]
 _PROGRAMS = 1024  # programs that share the summing of a bias gradient: about 8 for each of 132 processors
 
