@@ -1,0 +1,37 @@
+"""``sparing stream``: several videos through one continual network."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparing.cli.app import app
+
+
+@app.command()
+def stream(
+    videos: Annotated[list[Path], typer.Argument(metavar="VIDEO...", help="Video files, watched side by side.")],
+    model: Annotated[str, typer.Option(help="A continual network of the zoo.")] = "co_x3d_s",
+    checkpoint: Annotated[Path | None, typer.Option(help="Its weights, under published or our keys.")] = None,
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="Run without weights.")] = False,
+    window: Annotated[int | None, typer.Option(min=1, help="Frames that the head pools.")] = None,
+    every: Annotated[int, typer.Option(min=1, help="Take each n-th frame.")] = 1,
+    topk: Annotated[int, typer.Option(min=1, help="Classes a prediction lists.")] = 3,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="Frames of each video at most.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all predictions as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the best scores over time.")] = None,
+) -> None:
+    """Watch videos as live streams; prints scores as they come, and predictions per second."""
+    from sparing.recipes.stream import main
+
+    arguments = [*map(str, videos), "--model", model, "--every", str(every), "--topk", str(topk)]
+    optional = {
+        "--checkpoint": checkpoint,
+        "--window": window,
+        "--max-frames": max_frames,
+        "--json": json_file,
+        "--plot": plot,
+    }
+    for name, value in optional.items():
+        arguments += [] if value is None else [name, str(value)]
+    main([*arguments, *(["--random-weights"] if random_weights else [])])
