@@ -1,6 +1,7 @@
 """The application: its commands, and how errors leave it.
 
-A user's mistake is one line on standard error and exit code 2. ``SPARING_DEBUG=1`` lets the traceback through instead.
+A user's mistake is one line on standard error and exit code 2. ``SPARING_DEBUG=1`` lets the traceback through
+instead.
 """
 
 import os
@@ -59,7 +60,7 @@ def _main(
     """Efficient twins of dense models: list, make, measure, use."""
 
 
-from sparing.cli import bench, detect, doctor, generate, images, recipes, zoo  # noqa: E402, F401  (they add commands)
+from sparing.cli import bench, detect, doctor, generate, images, recipes, stream, zoo  # noqa: E402, F401  (they add commands)
 
 
 def main() -> None:

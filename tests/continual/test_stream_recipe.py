@@ -43,7 +43,6 @@ def test_videos_of_different_length_are_watched_side_by_side(tmp_path):
 
 
 def test_unreadable_files_give_one_line_and_exit_code_2(tmp_path):
-    from sparing.cli import stream as command  # noqa: F401  (adds the command)
     from sparing.cli.app import app
 
     (tmp_path / "empty.mp4").write_bytes(b"")
