@@ -55,7 +55,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     name = f"swin_{options.size}_patch4_window7_224"
-    host = timm.create_model(name, img_size=(options.height, options.width), window_size=7)
+    host = timm.create_model(name)  # timm_fpn lifts the fixed input size
     twin = STViTR.from_host(host, dense=True, mask_mode=options.mask_mode)
     ours = STViTR.from_host(host, dense=True, mask_mode=options.mask_mode, window_blocks="sparing")
     published = sparing.create_model(f"stvit_r_{name}", dense=True, mask_mode=options.mask_mode)
