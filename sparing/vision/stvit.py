@@ -39,7 +39,15 @@ from sparing.vision.vit_contracts import (
     refuse_masks,
     take_indices,
 )
-from sparing.vision.vit_hosts import adopt, build_vit, check_vit, describe_vit, drop_prefix_tokens, model_name
+from sparing.vision.vit_hosts import (
+    adopt,
+    build_vit,
+    check_same_class,
+    check_vit,
+    describe_vit,
+    drop_prefix_tokens,
+    model_name,
+)
 from sparing.zoo.twins import Status, Twin
 
 __all__ = ["SemanticTokenViT", "SemanticTokenViTDistilled"]
@@ -83,6 +91,7 @@ class SemanticTokenViT(Twin, VisionTransformer):
         inter_window: bool = False,
     ) -> None:
         check_vit(host, method="stvit")
+        check_same_class(self, host)
         grid, depth = host.patch_embed.grid_size, len(host.blocks)
         keep = _keep_prefix(host, keep_prefix, everything=num_tokens == "all")
         centers = None if num_tokens == "all" else _center_grid(num_tokens, grid)
@@ -140,7 +149,13 @@ class SemanticTokenViT(Twin, VisionTransformer):
             ValueError: a knob does not fit the host.
         """
         check_vit(host, method="stvit")
-        return _twin_class(host)(copy.deepcopy(host), **knobs)
+        return cls.taking_over(copy.deepcopy(host), **knobs)
+
+    @classmethod
+    def taking_over(cls, host: VisionTransformer, **knobs: Any) -> Self:
+        """As ``from_host``, without the copy: the twin's modules are the host's, which is of no use afterwards."""
+        twin_class = SemanticTokenViTDistilled if isinstance(host, VisionTransformerDistilled) else SemanticTokenViT
+        return twin_class(host, **knobs)  # type: ignore[return-value]
 
     @classmethod
     def why_not(cls, host: nn.Module) -> list[str]:
@@ -172,10 +187,10 @@ class SemanticTokenViT(Twin, VisionTransformer):
             knobs["num_tokens"] = tuple(knobs["num_tokens"])
         host = build_vit(config["host"])
         host.pretrained_cfg = host.default_cfg = dict(config.get("pretrained_cfg") or {})
-        twin = _twin_class(host)(host, **knobs)
+        twin = cls.taking_over(host, **knobs)
         twin.license = config.get("license") or twin.license
         twin.host_name = config["host"].get("name", twin.host_name)
-        return twin  # type: ignore[return-value]
+        return twin
 
     def reset_semantic_parameters(self, *, from_scratch: bool = False) -> None:
         """Fresh pooling and global centers; the pooling starts as the plain mean unless ``from_scratch``."""
@@ -360,10 +375,6 @@ class SemanticTokenViT(Twin, VisionTransformer):
 
 class SemanticTokenViTDistilled(SemanticTokenViT, VisionTransformerDistilled):
     """The STViT twin of a distilled DeiT: its two heads read the class and the distillation token, which are kept."""
-
-
-def _twin_class(host: nn.Module) -> type[SemanticTokenViT]:
-    return SemanticTokenViTDistilled if isinstance(host, VisionTransformerDistilled) else SemanticTokenViT
 
 
 def _pair(value: Any) -> tuple[int, int]:

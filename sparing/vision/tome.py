@@ -33,7 +33,7 @@ from sparing.vision.vit_contracts import (
     refuse_masks,
     take_indices,
 )
-from sparing.vision.vit_hosts import adopt, build_vit, check_vit, describe_vit, model_name
+from sparing.vision.vit_hosts import adopt, build_vit, check_same_class, check_vit, describe_vit, model_name
 from sparing.zoo.twins import Status, Twin
 
 __all__ = ["MergedTokens", "TokenMerge", "TokenMergingViT", "match_tokens", "merge_schedule"]
@@ -208,6 +208,7 @@ class TokenMergingViT(Twin, VisionTransformer):
 
     def __init__(self, host: VisionTransformer, *, r: Rate = 8, proportional_attention: bool = True) -> None:
         check_vit(host, method="tome")
+        check_same_class(self, host)
         rates = merge_schedule(r, len(host.blocks))
         adopt(self, host)
         config = getattr(host, "pretrained_cfg", None) or {}
@@ -226,7 +227,13 @@ class TokenMergingViT(Twin, VisionTransformer):
             ValueError: ``r`` does not fit the host.
         """
         check_vit(host, method="tome")
-        return _twin_class(host)(copy.deepcopy(host), **knobs)  # type: ignore[return-value]
+        return cls.taking_over(copy.deepcopy(host), **knobs)
+
+    @classmethod
+    def taking_over(cls, host: VisionTransformer, **knobs: Any) -> Self:
+        """As ``from_host``, without the copy: the twin's modules are the host's, which is of no use afterwards."""
+        twin_class = TokenMergingViTDistilled if isinstance(host, VisionTransformerDistilled) else TokenMergingViT
+        return twin_class(host, **knobs)  # type: ignore[return-value]
 
     @classmethod
     def why_not(cls, host: nn.Module) -> list[str]:
@@ -265,10 +272,10 @@ class TokenMergingViT(Twin, VisionTransformer):
         """The architecture that ``twin_config`` described, with fresh weights."""
         host = build_vit(config["host"])
         host.pretrained_cfg = host.default_cfg = dict(config.get("pretrained_cfg") or {})
-        twin = _twin_class(host)(host, **config["knobs"])
+        twin = cls.taking_over(host, **config["knobs"])
         twin.license = config.get("license") or twin.license
         twin.host_name = config["host"].get("name", twin.host_name)
-        return twin  # type: ignore[return-value]
+        return twin
 
     # --- Forward ---
 
@@ -390,7 +397,3 @@ def merging_block(
         size = torch.ones(*tokens.shape[:2], 1, device=tokens.device) if size is None else size
         tokens, size = merge.mean(tokens, size)
     return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens)))), size, merge
-
-
-def _twin_class(host: nn.Module) -> type[TokenMergingViT]:
-    return TokenMergingViTDistilled if isinstance(host, VisionTransformerDistilled) else TokenMergingViT

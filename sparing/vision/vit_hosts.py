@@ -22,6 +22,7 @@ from torch import nn
 __all__ = [
     "adopt",
     "build_vit",
+    "check_same_class",
     "check_vit",
     "describe_vit",
     "drop_prefix_tokens",
@@ -96,6 +97,15 @@ def check_vit(host: nn.Module, *, method: str) -> None:
 
 
 # --- Taking a host over -----------------------------------------------------------------------------------------------
+
+
+def check_same_class(twin: VisionTransformer, host: VisionTransformer) -> None:
+    """Raise TypeError unless ``twin`` extends the timm class of ``host``: its embedding and head are that class's."""
+    if vit_class(twin) is not vit_class(host):
+        raise TypeError(
+            f"{type(twin).__name__} extends {vit_class(twin).__name__}, the host is a {vit_class(host).__name__}; "
+            "from_host and taking_over choose the right class"
+        )
 
 
 def adopt(twin: nn.Module, host: nn.Module) -> None:

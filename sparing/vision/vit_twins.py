@@ -72,7 +72,7 @@ default_cfgs: dict[str, dict[str, Any]] = {
 
 def _build(method: str, host: str, host_pretrained: bool, knobs: dict[str, Any], **host_arguments: Any) -> nn.Module:
     model = timm.create_model(host, pretrained=host_pretrained, **host_arguments)
-    twin = _METHODS[method](model, **knobs)
+    twin = _METHODS[method].taking_over(model, **knobs)
     if isinstance(twin, SemanticTokenViT) and not host_pretrained:
         twin.reset_semantic_parameters(from_scratch=True)
     return twin

@@ -104,6 +104,19 @@ def test_names_are_known_to_sparing_and_timm(method):
         timm.create_model(name, pretrained=True)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("host", [h for h in VIT_HOSTS if "distilled" in h or "siglip" in h or "reg4" in h])
+def test_names_of_hosts_with_their_own_tokens_and_heads_run(method, host):
+    twin = sparing.create_model(f"{method}_{host}", depth=4, embed_dim=48, num_heads=3, **METHODS[method][1]).eval()
+    with torch.inference_mode():
+        assert torch.isfinite(twin(images_for(twin, batch=1))).all()
+
+
+def test_a_twin_class_of_another_timm_class_is_refused():
+    with pytest.raises(TypeError, match=r"extends VisionTransformer, the host is a VisionTransformerDistilled"):
+        SemanticTokenViT(small_host("deit_distilled"), num_tokens=9)
+
+
 @pytest.mark.parametrize(("method", "shapes"), [("stvit", [(14, 14), (4, 4), (4, 4)]), ("tome", [(14, 14)] * 3)])
 def test_features_only_gives_timms_extractor(method, shapes):
     name = f"{method}_vit_small_patch16_224"
