@@ -118,6 +118,15 @@ LABELS = {
     "cnn": "small CNN at STViT's FLOPs",
 }
 
+SHORT = {
+    "host": "host",
+    "stvit": "STViT, trained",
+    "stvit untrained": "STViT, not trained",
+    "tome": "ToMe, training-free",
+    "plain": "plain ViT at STViT's FLOPs",
+    "cnn": "CNN at STViT's FLOPs",
+}
+
 
 def through_fp16(model: nn.Module, file: Path) -> int:
     """Store the weights in fp16, read them back into ``model``, return the bytes of the file."""
@@ -276,7 +285,7 @@ def draw(found: dict[str, list[dict]], costs: dict) -> None:
             curve_points = record.get("curve", [])
             first = START.epochs if row == "stvit" else 0
             epochs = [first + place + 1 for place in range(len(curve_points))]
-            label = LABELS[row].partition(",")[0].partition(":")[0] if number == 0 else None
+            label = SHORT[row] if number == 0 else None
             left.plot(
                 epochs,
                 [100 * p["test_accuracy"] for p in curve_points],
@@ -299,6 +308,7 @@ def draw(found: dict[str, list[dict]], costs: dict) -> None:
     left.text(START.epochs + 0.45, 80.3, "start ", ha="right", fontsize=8, color="#777777")
     left.text(START.epochs + 0.55, 80.3, " extra", ha="left", fontsize=8, color="#777777")
     left.set(xlabel="epoch", ylabel="test accuracy, %", ylim=(78, 94), title="while training (fp32 weights)")
+    left.set_xticks(range(1, START.epochs + EXTRA.epochs + 1))
     right.set(xlabel="MMACs an image", xlim=(0, 52), title="stored fp16 weights, every seed")
     right.legend(fontsize=8, loc="lower right")
     for axis in (left, right):
