@@ -1,4 +1,4 @@
-"""FLOP formulas of the attention custom ops for ``torch.utils.flop_counter`` (one multiply-add = 2).
+"""FLOP formulas of the custom ops for ``torch.utils.flop_counter`` (one multiply-add = 2).
 
 Importing this module registers them; counters made afterwards know the ops. A forward does two products over the
 pairs of queries and keys that are computed, a backward five (scores again, and the gradients of q, k, v and of the
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sparing.kernels.ops import block_sparse_attention, few_query_attention, tiny_attention, window_attention
+from sparing.kernels.ops import block_sparse_attention, codebook, few_query_attention, tiny_attention, window_attention
 
 # the modules above define the ops that are looked up by name below
-_DEFINED = (block_sparse_attention, few_query_attention, tiny_attention, window_attention)
+_DEFINED = (block_sparse_attention, codebook, few_query_attention, tiny_attention, window_attention)
 _OPS = torch.ops.sparing
 
 
@@ -87,3 +87,8 @@ def _sparse_backward(
     out_val: Any = None,
 ) -> int:
     return _backward(_kept_pairs(q, k, kv_num, args[3], args[4]), q.shape[3], v.shape[3])
+
+
+@register_flop_formula(_OPS.codebook_argmin)
+def _codebook(x_shape: Any, codebook_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * x_shape[0] * codebook_shape[0] * codebook_shape[1]

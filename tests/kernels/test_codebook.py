@@ -158,6 +158,20 @@ def test_compiles_to_one_graph_and_exports_with_a_dynamic_number_of_vectors(back
     torch.testing.assert_close(exported(other, codebook), Search()(other, codebook))
 
 
+@needs_kernel
+def test_flops_are_those_of_the_product():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import sparing.kernels.flops  # noqa: F401  (registers the formulas)
+
+    x, codebook = _vectors(9, 11, 8)
+    for backend in ("reference", "triton"):
+        with FlopCounterMode(display=False) as counter:
+            codebook_argmin(x, codebook, backend=backend)
+        padded = 64 if backend == "reference" else 11  # the reference pads the codes to full columns
+        assert counter.get_total_flops() == 2 * 9 * padded * 8
+
+
 def test_bad_arguments_are_named():
     x, codebook = _vectors(9, 11, 8)
     with pytest.raises(ValueError, match="metric is 'l1'"):

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparing.kernels.triton.config import Config, next_power_of_2, pick_config
+from sparing.kernels.triton.device import on_their_device
 
 __all__ = ["adaln_backward", "adaln_forward", "default_config"]
 
@@ -223,6 +224,7 @@ def _strides(tensor: Tensor) -> tuple[int, int]:
     return tensor.stride(0), 0 if tensor.shape[1] == 1 else tensor.stride(1)
 
 
+@on_their_device
 def adaln_forward(
     x: Tensor,
     y: Tensor | None,
@@ -288,6 +290,7 @@ def split_tokens(batch: int, tokens: int, rows: int) -> tuple[int, int]:
     return max(1, triton.cdiv(tokens, tokens_per_program)), tokens_per_program
 
 
+@on_their_device
 def adaln_backward(
     x: Tensor,
     y: Tensor | None,

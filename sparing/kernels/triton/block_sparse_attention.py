@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparing.kernels.triton.config import Config, pick_config
+from sparing.kernels.triton.device import on_their_device
 from sparing.kernels.triton.tiles import (
     LOG2E,
     acc_type,
@@ -308,6 +309,7 @@ def _list_strides(count: Tensor, index: Tensor) -> tuple[int, int, int]:
     return batch, count.stride(1) if count.shape[1] > 1 else 0, index.shape[3]
 
 
+@on_their_device
 def forward(
     q: Tensor,
     k: Tensor,
@@ -338,6 +340,7 @@ def forward(
     return out, lse
 
 
+@on_their_device
 def backward(
     grad: Tensor,
     q: Tensor,

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparing.kernels.triton.config import Config, next_power_of_2, pick_config
+from sparing.kernels.triton.device import on_their_device
 
 __all__ = ["codebook_argmin_forward", "default_config"]
 
@@ -121,6 +122,7 @@ def dimension_block(dim: int, dtype: torch.dtype) -> int:
     return min(widest, max(16, next_power_of_2(dim)))
 
 
+@on_their_device
 def codebook_argmin_forward(
     x: Tensor, codebook: Tensor, metric: str, precision: str, eps: float, *, interpreted: bool
 ) -> tuple[Tensor, Tensor]:

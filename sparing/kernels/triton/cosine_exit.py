@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparing.kernels.triton.config import Config, next_power_of_2, pick_config
+from sparing.kernels.triton.device import on_their_device
 
 __all__ = ["cosine_exit_forward", "default_config"]
 
@@ -106,6 +107,7 @@ def default_config(dim: int) -> Config:
     return Config(max(1, min(16, 4096 // columns)), columns, num_warps=4, num_stages=2)
 
 
+@on_their_device
 def cosine_exit_forward(
     prev: Tensor, cur: Tensor, valid: Tensor, threshold: Tensor, mode: str, eps: float
 ) -> tuple[Tensor, Tensor]:

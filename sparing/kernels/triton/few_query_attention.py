@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparing.kernels.ops.few_query_attention import MAX_SPLITS
 from sparing.kernels.triton.config import Config, next_power_of_2, pick_config
+from sparing.kernels.triton.device import on_their_device
 from sparing.kernels.triton.tiles import (
     LN2,
     LOG2E,
@@ -224,6 +225,7 @@ def _bias_strides(bias: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if bias is None else tuple(0 if bias.shape[i] == 1 else bias.stride(i) for i in range(3))
 
 
+@on_their_device
 def forward(
     q: Tensor,
     k: Tensor,
@@ -263,6 +265,7 @@ def forward(
     return out, lse
 
 
+@on_their_device
 def backward(
     grad: Tensor,
     q: Tensor,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparing.kernels.triton.config import next_power_of_2
+from sparing.kernels.triton.device import on_their_device
 from sparing.kernels.triton.tiles import LOG2E, acc_type, accumulator, natural_lse, softmax_step
 
 _SIZES = ["heads", "window", "capacity"]
@@ -117,6 +118,7 @@ def ring_advance_kernel(
     tl.store(length_ptr + stream, tl.minimum(length + step, capacity), mask=live)
 
 
+@on_their_device
 def step(
     q: Tensor,
     k_new: Tensor,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparing.kernels.triton.device import on_their_device
 from sparing.kernels.triton.tiles import (
     LOG2E,
     accumulator,
@@ -263,6 +264,7 @@ def window_tiled_backward_kernel(
         tl.store(start + rows[:, None] * num_keys + columns[None, :], first, mask=live)
 
 
+@on_their_device
 def forward(
     problems: Problems,
     q: Tensor,
@@ -293,6 +295,7 @@ def forward(
     return out, lse
 
 
+@on_their_device
 def backward(
     problems: Problems,
     grad: Tensor,
