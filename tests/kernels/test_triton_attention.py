@@ -52,7 +52,7 @@ def test_every_element_is_written_and_two_runs_give_the_same_bits(name, monkeypa
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-@pytest.mark.parametrize(("queries", "keys", "dim"), [(1, 1, 8), (5, 130, 72), (64, 17, 24), (33, 65, 96)])
+@pytest.mark.parametrize(("queries", "keys", "dim"), [(1, 1, 8), (5, 130, 72), (64, 17, 24), (20, 65, 96)])
 def test_few_query_reads_nothing_outside_its_tensors_at_odd_sizes_and_strides(queries, keys, dim):
     torch.manual_seed(0)
     walled = torch.full((2, keys + 4, 1, dim + 8), float("nan"))  # rows and columns of NaN around k and v
@@ -114,16 +114,20 @@ def test_zero_sizes_return_without_a_launch(name):
     assert torch.equal(torch.autograd.grad(out.sum(), some)[0], torch.zeros(2, 1, 4, 16))
 
 
-def test_addresses_do_not_overflow_32_bits():
-    # one row, repeated by a stride of 2 GiB elements that is never multiplied by anything but 0 .. 1 in int64
-    base = torch.randn(1, 1, 1, 16)
-    with pytest.raises(RuntimeError):
-        base.as_strided((1, 2, 1, 16), (0, 2**31, 16, 1)).sum()
-    from sparing.kernels.triton import tiles
-
-    rows = torch.arange(3)
-    assert tiles.strides_in_units(base.as_strided((1, 1, 1, 16), (2**33, 2**32, 2**31, 1)))[0] == [2**29, 2**28, 2**27]
-    assert rows.numel() == 3
+def test_addresses_beyond_32_bits_are_reached():
+    far = 2**31  # elements between two heads: 4 GiB of address space, of which only the pages touched are ever backed
+    buffer = torch.empty(far + 1024, dtype=torch.float16)
+    x = buffer.as_strided((1, 2, 4, 16), (0, far, 16, 1))
+    torch.manual_seed(0)
+    x.copy_(torch.randn(x.shape))
+    block_map = kernels.BlockMap.from_mask(torch.ones(1, 1, 1, 1) > 0, block_q=16, block_k=16)
+    wanted = kernels.attention(x, x, x, backend="reference")
+    for found in (
+        kernels.tiny_attention(x, x, x, backend="triton"),
+        kernels.few_query_attention(x, x, x, backend="triton"),
+        kernels.block_sparse_attention(x, x, x, block_map, backend="triton"),
+    ):
+        assert _relative(found.float(), wanted.float()) < 2e-3
 
 
 def test_head_dims_are_cut_into_powers_of_two_where_it_saves_work():
@@ -143,7 +147,7 @@ def test_without_the_interpreter_triton_on_cpu_is_refused_with_the_reason(monkey
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        (lambda q: kernels.tiny_attention(q, q, q, backend="triton"), "head_dim 160 is above 128"),
+        (lambda q: kernels.tiny_attention(q, q, q, backend="triton"), "head_dim 160 is above 64"),
         (lambda q: kernels.few_query_attention(q, q, q, splits=65, backend="triton"), "splits 65 is above 64"),
         (
             lambda q: kernels.block_sparse_attention(
