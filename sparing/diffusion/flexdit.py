@@ -63,8 +63,7 @@ def published_split(num_layers: int, grid_side: int) -> dict[str, Any]:
         known = sorted({layers for layers, _ in _SPLITS})
         raise ValueError(
             f"no published split for {num_layers} layers (known: {known}); pass num_pooling, num_sdtm, sdtm_group and "
-            f"num_dense_top "
-            "with num_pooling + num_sdtm * sum(sdtm_group) + num_dense_top = num_layers"
+            "num_dense_top with num_pooling + num_sdtm * sum(sdtm_group) + num_dense_top = num_layers"
         )
     pooling, sdtm, group, top = _SPLITS[num_layers, side]
     return {"num_pooling": pooling, "num_sdtm": sdtm, "sdtm_group": list(group), "num_dense_top": top}

@@ -191,7 +191,10 @@ def _restored(own: Mapping[str, Tensor], prefixes: list[str], kinds: list[str]) 
         keys += ["merged_layer1", "merged_layer2"] if kind == "recover" else []
         for key in keys:
             for leaf in ("weight", "bias"):
-                parts = [own[f"transformer_blocks.{i}.{name}.{leaf}"] for name in _INNER[key]]
+                names = [f"transformer_blocks.{i}.{name}.{leaf}" for name in _INNER[key]]
+                if leaf == "bias" and names[0] not in own:
+                    continue  # a model without biases on q, k and v
+                parts = [own[name] for name in names]
                 state[f"{prefix}.{key}.{leaf}"] = parts[0] if len(parts) == 1 else torch.cat(parts)
     return state
 
@@ -293,7 +296,7 @@ def from_diffusers(state: Mapping[str, Tensor]) -> State:
         if not torch.equal(first, tensor):
             raise ValueError(
                 f"the time and class embedders are stored once per block and must be equal: block {match[1]} differs "
-                f"from "
+                "from "
                 f"block 0 in {match[2]!r}"
             )
         plain[name] = first
@@ -374,7 +377,7 @@ def infer_shape(
     if heads is None or dim % heads:
         raise ValueError(
             f"the number of attention heads cannot be read from the weights (width {dim}): pass num_attention_heads, a "
-            f"divisor"
+            "divisor"
         )
     if sample_size is None:
         if pos_embed is None:
@@ -393,6 +396,7 @@ def infer_shape(
         "patch_size": patch,
         "num_embeds_ada_norm": rows - (1 if class_dropout_prob > 0 else 0),
         "class_dropout_prob": class_dropout_prob,
+        "attention_bias": "transformer_blocks.0.attn1.to_v.bias" in own,
         "mlp_ratio": own["transformer_blocks.0.ff.net.0.proj.weight"].shape[0] / dim,
         "frequency_embedding_size": own["time_class_embed.timestep_embedder.linear_1.weight"].shape[1],
     }

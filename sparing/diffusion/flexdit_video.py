@@ -187,7 +187,7 @@ class FlexDiTVideoTransformer3DModel(
         if hidden_states.ndim != 5:
             raise ValueError(
                 f"video latents have shape {tuple(hidden_states.shape)}; expected (batch, {self.config.in_channels}, "
-                f"F, H, W)"
+                "F, H, W)"
             )
         batch, _, frames = hidden_states.shape[:3]
         if not 1 <= frames <= self.config.video_length:

@@ -209,6 +209,6 @@ def _check_cache_config(config: Any, *, layout: Sequence[str], constant_density:
     if not constant_density and "merge" in layout:
         raise ValueError(
             f"{type(config).__name__} keeps activations inside blocks, and this model's sparse token count changes "
-            f"with the timestep; "
+            "with the timestep; "
             "use FirstBlockCacheConfig or MagCacheConfig, or a constant density"
         )

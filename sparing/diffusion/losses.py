@@ -94,7 +94,7 @@ def training_losses(
     if output.shape[1] not in (channels, 2 * channels):
         raise ValueError(
             f"the model gave {output.shape[1]} channels for {channels}-channel samples; expected {channels} or twice "
-            f"as many"
+            "as many"
         )
     output, clean, noise, noised = (tensor.float() for tensor in (output, clean, noise, noised))
     predicted = output[:, :channels]

@@ -70,6 +70,15 @@ def test_a_reference_flexdit_loads_with_its_layout_inferred(wrap):
         FlexDiTTransformer2DModel.from_host(wrap(state), num_attention_heads=4, sample_size=16, num_sdtm=1)
 
 
+def test_a_model_without_attention_biases_keeps_none():
+    model = build_flexdit(attention_bias=False)
+    state = keys.to_reference(_own(model), model.layout, **LAYOUT)
+    assert not any(name.endswith(("attn.qkv.bias", "attn.kv.bias", "attn.v.bias")) for name in state)
+    loaded = FlexDiTTransformer2DModel.from_host(state, num_attention_heads=4, sample_size=16)
+    assert loaded.config.attention_bias is False
+    assert all(torch.equal(_own(loaded)[name], tensor) for name, tensor in _own(model).items())
+
+
 def test_sample_size_and_heads_come_from_the_position_table_and_published_widths(original_state):
     with pytest.raises(ValueError, match=r"attention heads cannot be read.*width 32"):
         FlexDiTTransformer2DModel.from_dit(original_state, sample_size=16, **LAYOUT)
