@@ -12,11 +12,16 @@
 # Wheels, made where there is a network (one version of each, no dependencies of theirs):
 #   python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
 #     --platform manylinux2014_x86_64 --platform any -d wheels einops pytest pluggy iniconfig packaging timm diffusers \
-#     open_clip_torch ftfy wcwidth regex xformers matplotlib
+#     open_clip_torch ftfy wcwidth regex xformers \
+#     matplotlib contourpy cycler fonttools kiwisolver pyparsing \
+#     python-dateutil six pillow typer click shellingham rich markdown-it-py mdurl pygments
 set -uo pipefail
 
 out="" wheels="" compare="" seconds=520
 while [ $# -gt 0 ]; do
+  case "$1" in
+    --out|--wheels|--compare|--seconds) [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; } ;;
+  esac
   case "$1" in
     --out) out="${2:-}"; shift 2 ;;
     --wheels) wheels="${2:-}"; shift 2 ;;
@@ -73,9 +78,10 @@ unset TRITON_INTERPRET
 cd "$root" || exit 2
 
 stage machine 30 python3 -c '
-import platform, subprocess, sys, torch
+import platform, shutil, subprocess, sys, torch
 print(platform.platform(), sys.version)
-print(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout)
+if shutil.which("nvidia-smi"):
+    print(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout)
 from sparing.kernels import report
 print(report())
 assert torch.cuda.is_available(), "PyTorch finds no CUDA device"'
@@ -96,13 +102,19 @@ warm() {
 export -f warm
 stage warm 90 bash -c warm
 stage kernels 270 python3 -m sparing.kernels.bench --suite paper --out "$results" ${compare:+--compare "$compare"}
-stage tests 110 python3 -m pytest -o addopts= -p no:cacheprovider -q -m gpu tests
+mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
+stage tests 110 python3 -m pytest -o addopts= -p no:cacheprovider -q -m gpu "${files[@]}"
 
-# Family benchmarks that take the common options: --device, --out, --seconds.
+# Family benchmarks: those that take --device, --json and --plot.
 for script in benchmarks/*.py; do
-  grep -q -- '"--device"' "$script" && grep -q -- '"--seconds"' "$script" && grep -q -- '"--out"' "$script" || continue
+  grep -q -- '"--device"' "$script" && grep -q -- '"--json"' "$script" && grep -q -- '"--plot"' "$script" || continue
   name="$(basename "$script" .py)"
-  stage "$name" 60 python3 "$script" --device cuda --seconds 40 --out "$results/$name"
+  case "$name" in
+    stvit) options=(--dtype bfloat16 --batch 256) ;;
+    stvit_r) options=(--dtype bfloat16 --batch 8) ;;
+    *) options=() ;;
+  esac
+  stage "$name" 60 python3 "$script" --device cuda "${options[@]}" --json "$results/$name.json" --plot "$results/$name.png"
 done
 
 [ "$failed" = 0 ] && echo "all passed" | tee -a "$summary" || echo "something failed: see above" | tee -a "$summary"
