@@ -148,7 +148,7 @@ class TemporalConv(Continual):
         frames = 0 if x is None else x.shape[2]
         ending = span.padding if end else 0
         offset = first_emission(tick, span) if is_lockstep(tick) else 0
-        if x is not None:
+        if x is not None and self.temporal_fill == "zeros":
             x = admit_chunk(x, tick)
         if "partial" in memory:
             total = memory["partial"]
@@ -170,8 +170,7 @@ class TemporalConv(Continual):
             return self._with_bias(total[:, :, offset : frames + ending]).to(self.weight.dtype), new
         pieces = [] if x is None else [x]
         if memory:
-            history = memory["history"]
-            pieces.insert(0, history if x is None else self._replicated_chunk(history, x, tick))
+            pieces = [memory["history"]] if x is None else list(self._replicated_chunk(memory["history"], x, tick))
         if not pieces:
             return None, memory
         if ending:
@@ -198,10 +197,17 @@ class TemporalConv(Continual):
             return frame.expand_as(history) if seen == 0 else history
         return torch.where((seen == 0).view(-1, *[1] * (history.ndim - 1)), frame, history)
 
-    def _replicated_chunk(self, history: Tensor, x: Tensor, tick: Tick) -> Tensor:
-        if self.temporal_fill == "replicate" and tick.delay and not is_lockstep(tick):
-            raise ValueError("replicate fill behind other delays is served in chunks only with lock-step states")
-        return self._replicated(history, x[:, :, :1], tick)
+    def _replicated_chunk(self, history: Tensor, x: Tensor, tick: Tick) -> tuple[Tensor, Tensor]:
+        """The same for a chunk (streams, C, T, ...), whose first frames may come from before the layer's first."""
+        if self.temporal_fill == "zeros" or not isinstance(tick.clock, Tensor):
+            return self._replicated(history, x[:, :, :1], tick), x
+        frames, rest = x.shape[2], [1] * (x.ndim - 3)
+        begins = (tick.delay - tick.clock).clamp(0, frames - 1)
+        first = x[torch.arange(x.shape[0], device=x.device), :, begins].unsqueeze(2)
+        early = tick.clock[:, None] + torch.arange(frames, device=x.device) < tick.delay
+        x = torch.where(early.view(x.shape[0], 1, frames, *rest), first, x)
+        fresh = tick.clock <= tick.delay
+        return torch.where(fresh.view(-1, 1, 1, *rest), first, history), x
 
     def _taps(self, window: Tensor) -> Tensor:
         """Contract the k taps of window (streams, C, k, ...) with one convolution of one dimension less."""

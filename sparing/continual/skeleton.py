@@ -200,6 +200,8 @@ class SpatialAttentionUnit(GraphUnit):
         num_heads: int = 8,
         dk: int | None = None,
         dv: int | None = None,
+        normalise: bool = True,
+        skip: bool = True,
         eps: float = 1e-5,
     ) -> None:
         super().__init__(graph)
@@ -207,16 +209,18 @@ class SpatialAttentionUnit(GraphUnit):
         self.dv = out_channels if dv is None else dv
         if self.dk % num_heads or self.dv % num_heads:
             raise ValueError(f"dk {self.dk} and dv {self.dv} must be divisible by num_heads {num_heads}")
-        self.num_heads, self.skips = num_heads, in_channels == out_channels
-        self.data_bn = nn.BatchNorm1d(in_channels * graph.shape[-1], eps=eps)
+        self.num_heads, self.skips = num_heads, skip and in_channels == out_channels
+        self.data_bn = nn.BatchNorm1d(in_channels * graph.shape[-1], eps=eps) if normalise else None
         self.attention_conv = SpatialAttention(in_channels, self.dk, self.dv)
         self.bn = nn.BatchNorm2d(out_channels, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         n, _, t, joints = x.shape
         v = self.A.shape[-1]
-        normed = self.data_bn(rearrange(x, "n c t (s v) -> (n t s) (c v)", v=v))
-        normed = rearrange(normed, "(n t s) (c v) -> n c t (s v)", n=n, t=t, v=v)
+        normed = x
+        if self.data_bn is not None:
+            normed = self.data_bn(rearrange(x, "n c t (s v) -> (n t s) (c v)", v=v))
+            normed = rearrange(normed, "(n t s) (c v) -> n c t (s v)", n=n, t=t, v=v)
         qkv = self.attention_conv.qkv_conv(normed)
         q, k, values = (
             rearrange(part, "n (h d) t (s v) -> n t s h v d", h=self.num_heads, v=v)

@@ -209,6 +209,12 @@ def test_replicate_fill_behind_a_delay():
     for lockstep in (False, True):
         got, _ = run_steps(network, x, lockstep=lockstep)
         torch.testing.assert_close(got, want)
+        for size in (1, 2, 4, 9):
+            state, said = network.init_state(2, (2,), lockstep=lockstep), []
+            for part in x.split(size, 2):
+                y, valid, state = network.steps(part, state)
+                said += [] if y is None else [y[:, :, valid[0]]]
+            torch.testing.assert_close(torch.cat(said, 2), want)
 
 
 def test_clip_gradients_are_those_of_the_plain_network():

@@ -58,6 +58,16 @@ def tiny_skeleton(starred, unit=None, layers=None):
     )
 
 
+def _adaptive_unit(k, c_in, c_out, graph):
+    return skeleton.AdaptiveGraphConv(c_in, c_out, graph, per_frame=False)
+
+
+def _attention_unit(k, c_in, c_out, graph):
+    if k == 1:
+        return skeleton.GraphConv(c_in, c_out, graph)
+    return skeleton.SpatialAttentionUnit(c_in, c_out, graph, num_heads=2, dk=2, dv=c_out)
+
+
 @pytest.mark.parametrize(
     ("build", "window", "delay", "field"),
     [
@@ -178,8 +188,11 @@ def test_squeeze_excitation_scopes_equal_the_stream_computation(scope):
         tiny_x3d,
         lambda: tiny_skeleton(False),
         pytest.param(lambda: tiny_slow("i3d"), marks=pytest.mark.slow),
+        pytest.param(lambda: tiny_slow("slow"), marks=pytest.mark.slow),
+        pytest.param(lambda: tiny_skeleton(False, _adaptive_unit), marks=pytest.mark.slow),
+        pytest.param(lambda: tiny_skeleton(True, _attention_unit), marks=pytest.mark.slow),
     ],
-    ids=["x3d", "st_gcn", "i3d"],
+    ids=["x3d", "st_gcn", "i3d", "slow", "agcn", "s_tr"],
 )
 def test_networks_compile_whole_without_recompiling(build):
     network = build()
@@ -220,8 +233,7 @@ def test_adaptive_graphs_mix_joints_only_when_they_aggregate_joints(aggregation)
 
 
 def test_plain_adaptive_graphs_step_frame_by_frame_whatever_the_chunk():
-    unit = lambda k, a, b, g: skeleton.AdaptiveGraphConv(a, b, g, per_frame=False)  # noqa: E731
-    network = tiny_skeleton(False, unit)
+    network = tiny_skeleton(False, _adaptive_unit)
     x = torch.randn(1, 3, 25, 5, 2)
     got, _ = run_steps(network, x)
     with torch.no_grad():
