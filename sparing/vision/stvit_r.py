@@ -128,7 +128,7 @@ class STViTR(Twin, nn.Module):
             self.norm = nn.LayerNorm(self.num_features, eps=sizes.norm_eps, **factory)
             self.head_drop = nn.Dropout(drop_rate)
             self.head = nn.Linear(self.num_features, num_classes, **factory) if num_classes else nn.Identity()
-        self.apply(_initialise)
+        self.apply(initialise)
 
     # ---- forward ---------------------------------------------------------------------------------------------------
 
@@ -235,7 +235,7 @@ class STViTR(Twin, nn.Module):
             if num_classes
             else nn.Identity()
         )
-        self.head = head.apply(_initialise)
+        self.head = head.apply(initialise)
 
     def no_weight_decay(self) -> set[str]:
         names = ("relative_position_bias_table", "semantic_token2")
@@ -307,7 +307,7 @@ class STViTR(Twin, nn.Module):
         return cls(**config["host"]["arguments"], **config["knobs"])
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

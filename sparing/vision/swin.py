@@ -20,7 +20,7 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from torch import Tensor, nn
 
-from sparing.kernels import window_attention
+from sparing.kernels import relative_position_index, window_attention
 
 __all__ = ["ConvStem", "PatchMerging", "PatchStem", "SwinArchitecture", "SwinBlock", "timm_window_block"]
 
@@ -124,10 +124,11 @@ class _WindowAttention(nn.Module):
         window: int,
         qkv_bias: bool,
         proj_drop: float,
+        clip: bool,
         **factory: Any,
     ) -> None:
         super().__init__()
-        self.window, self.num_heads = window, num_heads
+        self.window, self.num_heads, self.clip = window, num_heads, clip
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         self.proj = nn.Linear(dim, dim, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -136,10 +137,20 @@ class _WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, shift: int) -> Tensor:
         height, width = x.shape[1:3]
+        if self.clip and max(height, width) <= self.window:
+            return self.proj_drop(self.proj(self._single(self.qkv(x))))
         qkv = self.qkv(pad_to_multiple(x, self.window))  # zeros are padded after norm1, so a padded key is the bias
         table = self.relative_position_bias_table
         out = window_attention(qkv, table, window=self.window, shift=shift, heads=self.num_heads)
         return self.proj_drop(self.proj(out[:, :height, :width]))
+
+    def _single(self, qkv: Tensor) -> Tensor:
+        """A map no larger than a window as one window of its own size: no padding, the table's inner offsets."""
+        height, width, side = qkv.shape[1], qkv.shape[2], self.window
+        index = relative_position_index(side, device=qkv.device).view(side, side, side, side)
+        inner = rearrange(index[:height, :width, :height, :width], "i j k l -> (i j) (k l)").long()
+        bias = rearrange(self.relative_position_bias_table[inner], "q k h -> h q k")
+        return window_attention(qkv, window=(height, width), heads=self.num_heads, rel_bias=bias)
 
 
 class SwinBlock(nn.Module):
@@ -149,6 +160,7 @@ class SwinBlock(nn.Module):
         shift: cyclic shift in positions, 0 for W-MSA.
         shift_single_window: also shift a map no larger than one window (the published dense backbone does, the
             classifier does not).
+        clip_window: treat a map no larger than a window as one window of its own size instead of padding it.
         layer_scale: initial value of LayerScale, None for none.
     """
 
@@ -160,6 +172,7 @@ class SwinBlock(nn.Module):
         window: int = 7,
         shift: int = 0,
         shift_single_window: bool = False,
+        clip_window: bool = False,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
@@ -177,6 +190,7 @@ class SwinBlock(nn.Module):
             window=window,
             qkv_bias=qkv_bias,
             proj_drop=proj_drop,
+            clip=clip_window,
             **factory,
         )
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps, **factory)

@@ -202,7 +202,8 @@ _add(
 )
 METHODS["stvit_r"] = "sparing.vision.stvit_r:STViTR"
 METHODS["stvit_r_vit"] = "sparing.vision.stvit_r_vit:DumbbellViT"
-PAPERS["stvit_r"] = PAPERS["stvit_r_vit"] = PAPERS["stvit"]
+METHODS["stvit_swin"] = "sparing.vision.stvit_swin:STViTSwin"
+PAPERS["stvit_r"] = PAPERS["stvit_r_vit"] = PAPERS["stvit_swin"] = PAPERS["stvit"]
 
 # -- diffusion: FlexDiT. Only DiT-XL/2 is published as a dense host (its weights: CC-BY-NC); no FlexDiT weights are.
 _XL = {"license_weights": "cc-by-nc-4.0", "license_data": _IMAGENET}
