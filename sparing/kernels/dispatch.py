@@ -312,6 +312,29 @@ class Explanation:
         return "\n".join(lines)
 
 
+class _HandedOn(Exception):
+    """Carries the arguments that a public function hands to its implementations out of it."""
+
+
+def _handed_on(entry: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the op's implementations would be given: the public function may unpack or complete its own arguments."""
+    asking, original = threading.get_ident(), resolve
+
+    def stop(name: str, backend: str, given: tuple[Any, ...], named: dict[str, Any]) -> Impl:
+        if threading.get_ident() == asking and name == entry.name:
+            raise _HandedOn(given, named)
+        return original(name, backend, given, named)
+
+    globals()["resolve"] = stop
+    try:
+        entry.public(*args, **kwargs)
+    except _HandedOn as found:
+        return found.args[0], found.args[1]
+    finally:
+        globals()["resolve"] = original
+    return args, kwargs
+
+
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Which backend would serve ``op(*args, **kwargs)`` and why the others would not.
 
@@ -323,7 +346,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
     backend = bound.arguments.pop("backend", "auto")
-    args, kwargs = bound.args, bound.kwargs
+    args, kwargs = _handed_on(entry, bound.args, bound.kwargs)
     order = list(entry.order(*args, **kwargs))
     reasons = {name: _reasons(entry, name, args, kwargs) for name in BACKENDS}
     wanted = _requested(entry) if backend == "auto" else backend

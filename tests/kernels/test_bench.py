@@ -183,3 +183,14 @@ def test_the_command_line_offers_the_same_run(small_device, tmp_path):
     assert done.stdout.startswith("CPU")
     assert json.loads((tmp_path / "out.json").read_text())["rows"]
     assert CliRunner().invoke(app, ["bench", "kernels", "--suite", "quick"]).exit_code == 2
+
+
+def test_explain_answers_for_every_benchmarked_op():
+    from sparing import kernels
+
+    generator = torch.Generator().manual_seed(0)
+    for case in cases("smoke"):
+        inputs = case.make(torch.device("cpu"), case.dtype, generator)
+        table_of = kernels.explain(case.op, *inputs.args, **inputs.kwargs)
+        assert table_of.chosen in ("sdpa", "reference")
+        assert all(row.reasons for row in table_of.rows if not row.supported)
