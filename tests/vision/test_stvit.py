@@ -216,6 +216,15 @@ def test_drop_path_and_dropout_act_in_the_generation_when_training():
     torch.testing.assert_close(twin.forward_features(images)[:, 1:], twin.norm(expected), atol=1e-5, rtol=1e-5)
 
 
+def test_the_cross_block_honours_the_dropouts_of_attention():
+    block = small_host("deit", attn_drop_rate=0.5).blocks[0].train()
+    query, keys = torch.randn(2, 5, WIDTH), torch.randn(2, 9, WIDTH)
+    assert not torch.allclose(cross_block(block, query, keys), cross_block(block, query, keys))
+    torch.testing.assert_close(cross_block(block.eval(), query, keys), cross_block(block, query, keys))
+    block.attn.proj_drop = nn.Dropout(1.0).train()
+    torch.testing.assert_close(cross_block(block, query, keys), query + block.mlp(block.norm2(query)))
+
+
 def test_the_host_stays_as_it_was_and_shares_nothing():
     host = small_host("clip").train()
     before = copy.deepcopy(host.state_dict())
@@ -255,6 +264,8 @@ def test_images_that_do_not_fit_are_refused_with_their_numbers():
     twin = SemanticTokenViT.from_host(small_host("deit"), num_tokens=9)
     with pytest.raises(ValueError, match="fixed to images of 112x112, got 96x112"):
         twin(torch.randn(1, 3, 96, 112))
+    with pytest.raises(ValueError, match="fixed to images of 112x112, got 112x96"):
+        twin(torch.randn(1, 3, 112, 96))
     with pytest.raises(ValueError, match=r"takes images \(batch, 3, height, width\), got shape \(1, 1, 112, 112\)"):
         twin(torch.randn(1, 1, 112, 112))
     dynamic = SemanticTokenViT.from_host(small_host("dynamic"), num_tokens=9)

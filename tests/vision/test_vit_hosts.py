@@ -9,7 +9,7 @@ from timm.layers import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from sparing.vision.vit_hosts import build_vit, describe_vit
+from sparing.vision.vit_hosts import _ratio, build_vit, describe_vit
 from vision.small_hosts import HOSTS, images_for, small_host
 
 # Real names of timm whose options differ; each is built on the meta device.
@@ -106,3 +106,8 @@ def test_a_description_from_a_file_can_name_layers_only(part, value, message):
     (description if part == "class" else description["arguments"])[part] = value
     with pytest.raises(ValueError, match=message):
         build_vit(description)
+
+
+@pytest.mark.parametrize("width", [48, 96, 896, 1152])
+def test_every_hidden_width_of_an_mlp_has_a_ratio_that_timm_turns_back_into_it(width):
+    assert [int(width * _ratio(hidden, width)) for hidden in range(1, 6 * width)] == list(range(1, 6 * width))
