@@ -286,9 +286,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for key, value in metrics["after"].items():
-        print(f"{key.replace('_', ' ')} with the host: {metrics['before'][key]:.4f} before, {value:.4f} after")
-    print(f"twin in {wanted.out}: sparing.load({wanted.out!r})")
+    if Accelerator().is_main_process:
+        for key, value in metrics["after"].items():
+            print(f"{key.replace('_', ' ')} with the host: {metrics['before'][key]:.4f} before, {value:.4f} after")
+        print(f"twin in {wanted.out}: sparing.load({wanted.out!r})")
     return 0
 
 

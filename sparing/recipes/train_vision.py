@@ -202,10 +202,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(
-        f"test accuracy {100 * metrics['test_accuracy']:.2f}% on {metrics['test_samples']} images; "
-        f"model in {wanted.out}"
-    )
+    if Accelerator().is_main_process:
+        share, count = 100 * metrics["test_accuracy"], metrics["test_samples"]
+        print(f"test accuracy {share:.2f}% on {count} images; model in {wanted.out}")
     return 0
 
 

@@ -109,3 +109,29 @@ def test_a_killed_process_goes_on_where_it_was(tmp_path, idx_folder):
     assert finished.stderr.count("epoch") == 0  # no progress bar off a terminal
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("straight", "killed"))
     assert one == two
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, idx_folder):
+    def command(out: Path, batch_size: int) -> list[str]:
+        return [
+            *("sparing.recipes.train_vision", "--model", "vit_micro_patch4_28.demo_fashion"),
+            *("--data", str(idx_folder), "--out", str(out), "--epochs", "2", "--batch_size", str(batch_size)),
+        ]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    two = [*launch, *command(tmp_path / "two", 4)]
+    printed = subprocess.run(two, check=True, env=environment, capture_output=True, text=True).stdout
+    assert printed.count("test accuracy") == 1
+    subprocess.run(
+        [sys.executable, "-m", *command(tmp_path / "one", 8)], check=True, env=environment, capture_output=True
+    )
+    one, both = (read_state(tmp_path / name) for name in ("one", "two"))
+    for name, value in one.items():
+        # gradients are summed in another order, and twelve steps of Adam at 1e-3 turn on their signs
+        torch.testing.assert_close(both[name], value, atol=2e-3, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+    accuracies = [
+        json.loads((tmp_path / name / "metrics.json").read_text())["test_accuracy"] for name in ("one", "two")
+    ]
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=0.1)
