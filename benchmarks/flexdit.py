@@ -81,6 +81,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="of the run whose images per second are computed")
     parser.add_argument("--layers", type=int, default=28, help="fewer for a quick look")
     parser.add_argument("--heads", type=int, default=16, help="fewer for a quick look: the width is 72 a head")
+    parser.add_argument(
+        "--json", type=Path, help="result file, instead of benchmarks/results/flexdit_PIXELS_DEVICE.json"
+    )
+    parser.add_argument("--plot", type=Path, help="picture of the times, relative to the dense model")
     parser.add_argument("--no_peers", action="store_true")
     arguments = parser.parse_args()
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
@@ -129,7 +133,7 @@ def main() -> None:
     steps = [round(i * 999 / max(arguments.steps - 1, 1)) for i in range(arguments.steps)]
     along = [measured[f"FlexDiT {h}x{h}"]["seconds"] for h, _ in table.sides(steps) if f"FlexDiT {h}x{h}" in measured]
     result: dict[str, Any] = {
-        "settings": vars(arguments),
+        "settings": {k: v for k, v in vars(arguments).items() if k not in ("json", "plot")},
         "versions": {"torch": torch.__version__, "sparing": sparing.__version__},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
@@ -142,9 +146,9 @@ def main() -> None:
             "of_dense": sum(along) / (base * arguments.steps),
             "speedup": base * arguments.steps / sum(along),
         }
-    RESULTS.mkdir(exist_ok=True)
     quick = "_quick_look" if (arguments.layers, arguments.heads) != (28, 16) else ""
-    file = RESULTS / f"flexdit_{arguments.pixels}_{device.type}{quick}.json"
+    file = arguments.json or RESULTS / f"flexdit_{arguments.pixels}_{device.type}{quick}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"{'model':<34} {'seconds':>9} {'quartiles':>19} {'of dense':>9} {'GMACs':>8}")
     for name, row in measured.items():
@@ -158,6 +162,21 @@ def main() -> None:
             f"schedule {schedule}: {result['schedule']['of_dense']:.3f} of the dense time over {arguments.steps} steps"
         )
     print(f"written to {file}")
+    if arguments.plot:
+        _plot(measured, arguments.plot)
+
+
+def _plot(measured: dict[str, dict[str, Any]], path: Path) -> None:
+    """Seconds of every model over the dense model's, as bars."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 0.5 * len(measured) + 1), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(list(measured), [row["of_dense"] for row in measured.values()])
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_xlabel("time of a forward, dense = 1")
+    axes.invert_yaxis()
+    figure.savefig(path)
 
 
 def _small_split(layers: int) -> dict[str, Any]:
