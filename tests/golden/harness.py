@@ -12,6 +12,7 @@ A name that a builder does not return fails its case; a kind without a builder f
 ``model``/``cases`` description are data, not cases.
 """
 
+import hashlib
 import importlib
 import json
 from collections.abc import Callable, Iterable
@@ -89,16 +90,32 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def find_case_files(directories: Iterable[Path]) -> list[CaseFile]:
-    """All described cases below ``directories``; the first directory that holds ``folder/name`` wins."""
-    found: dict[tuple[str, str], CaseFile] = {}
+    """All described cases below ``directories``. A copy of a file that an earlier directory holds is left out; another
+    case of the same name is kept.
+    """
+    found: list[CaseFile] = []
+    seen: set[tuple[str, str, str]] = set()
     for directory in directories:
         if not directory.is_dir():
             raise FileNotFoundError(f"golden directory {directory} does not exist")
         for path in sorted(directory.glob("*/*.json")):
             spec = json.loads(path.read_text())
-            if isinstance(spec, dict) and ("model" in spec or "cases" in spec):
-                found.setdefault((path.parent.name, path.stem), CaseFile(path, spec))
-    return list(found.values())
+            if not isinstance(spec, dict) or not ("model" in spec or "cases" in spec):
+                continue
+            key = (path.parent.name, path.stem, _digest(path))
+            if key not in seen:
+                seen.add(key)
+                found.append(CaseFile(path, spec))
+    return found
+
+
+def _digest(path: Path) -> str:
+    """What a case file and the tensors beside it hold, as one hash."""
+    digest = hashlib.sha256(path.read_bytes())
+    tensors = path.with_suffix(".safetensors")
+    if tensors.exists():
+        digest.update(tensors.read_bytes())
+    return digest.hexdigest()
 
 
 def adapter(folder: str) -> Any:

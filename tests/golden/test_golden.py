@@ -29,3 +29,11 @@ def test_the_comparison_sees_a_small_error_a_wrong_shape_and_a_moved_infinity():
 def test_a_kind_without_builder_fails():
     with pytest.raises(AssertionError, match="no builder for kind"):
         run(Case("vision/x", "no_such_kind", {}, {}, {}, {}))
+
+
+def test_a_copy_is_left_out_and_another_case_of_the_same_name_is_kept(tmp_path):
+    for place, config in (("a", 1), ("b", 1), ("c", 2)):
+        (tmp_path / place / "vision").mkdir(parents=True)
+        (tmp_path / place / "vision" / "x.json").write_text(f'{{"model": "m", "config": {config}}}')
+    found = find_case_files([tmp_path / place for place in "abc"])
+    assert [case_file.spec["config"] for case_file in found] == [1, 2]
