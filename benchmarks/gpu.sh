@@ -101,20 +101,21 @@ warm() {
 }
 export -f warm
 stage warm 90 bash -c warm
-stage kernels 270 python3 -m sparing.kernels.bench --suite paper --out "$results" ${compare:+--compare "$compare"}
+stage kernels 200 python3 -m sparing.kernels.bench --suite paper --out "$results" ${compare:+--compare "$compare"}
 mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
-stage tests 110 python3 -m pytest -o addopts= -p no:cacheprovider -q -m gpu "${files[@]}"
+stage tests 90 python3 -m pytest -o addopts= -p no:cacheprovider -q -m gpu "${files[@]}"
 
 # Family benchmarks: those that take --device, --json and --plot.
 for script in benchmarks/*.py; do
   grep -q -- '"--device"' "$script" && grep -q -- '"--json"' "$script" && grep -q -- '"--plot"' "$script" || continue
   name="$(basename "$script" .py)"
   case "$name" in
-    stvit) options=(--dtype bfloat16 --batch 256) ;;
-    stvit_r) options=(--dtype bfloat16 --batch 8) ;;
-    *) options=() ;;
+    stvit) limit=60 options=(--dtype bfloat16 --batch 128 --compile) ;;
+    stvit_r) limit=60 options=(--dtype bfloat16 --batch 8) ;;
+    flexdit) limit=120 options=(--dtype bfloat16 --batch 16 --guidance --compile) ;;
+    *) limit=60 options=() ;;
   esac
-  stage "$name" 60 python3 "$script" --device cuda "${options[@]}" --json "$results/$name.json" --plot "$results/$name.png"
+  stage "$name" "$limit" python3 "$script" --device cuda "${options[@]}" --json "$results/$name.json" --plot "$results/$name.png"
 done
 
 [ "$failed" = 0 ] && echo "all passed" | tee -a "$summary" || echo "something failed: see above" | tee -a "$summary"

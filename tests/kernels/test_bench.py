@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparing import kernels
 from sparing.kernels.bench import cases as bench_cases
 from sparing.kernels.bench import harness, regressions, run
 from sparing.kernels.bench.__main__ import main
 from sparing.kernels.bench.cases import SUITES, cases
+from sparing.kernels.bench.peers import library_peers
 from sparing.kernels.bench.timing import Ceilings
 from sparing.kernels.triton import config as table
 from sparing.kernels.triton.config import Config
@@ -42,6 +44,24 @@ def test_a_run_prints_the_ceilings_first_and_writes_json_markdown_and_bars(small
     assert sum(row["auto"] for row in timed) == 2
     assert "| few_query_attention |" in (tmp_path / "kernels.md").read_text()
     assert (tmp_path / "kernels.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_library_kernels_are_peers_one_by_one_and_say_why_they_do_not_serve(small_device):
+    result = run(ops=["few_query_attention"], device="cpu", say=lambda line: None)
+    reasons = {row["backend"]: row["reason_if_skipped"] for row in result.data["rows"]}
+    for name in ("sdpa:flash", "sdpa:mem-efficient", "sdpa:cudnn", "xformers:split-k"):
+        assert "needs CUDA, tensors are on cpu" in reasons[name]
+    assert not library_peers("gather_rows")
+    assert "xformers:split-k" not in library_peers("attention")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["sdpa:flash", "sdpa:mem-efficient", "sdpa:cudnn", "xformers:split-k"])
+def test_library_kernels_compute_the_op_on_a_device(name):
+    q, k, v = (torch.randn(2, 4, n, 64, device="cuda", dtype=torch.bfloat16) for n in (16, 512, 512))
+    out = library_peers("few_query_attention")[name](q, k, v)
+    want = kernels.attention(q.float(), k.float(), v.float(), backend="reference")
+    assert (out.float() - want).norm() / want.norm() < 8e-3
 
 
 def test_a_wrong_peer_is_reported_and_never_timed(small_device, monkeypatch):

@@ -114,3 +114,10 @@ def varlen_attention(
     total = torch.arange(q.shape[0], device=q.device, dtype=torch.int32)
     segment = torch.searchsorted(cu_q[1:].contiguous(), total, right=True)
     return out.masked_fill((cu_k.diff()[segment] == 0).view(-1, 1, 1), 0.0)
+
+
+def split_k(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None) -> Tensor:
+    """Dense attention by the Triton split-K operator, forward only; (B, H, M, D) and (B, H, N, D) -> (B, H, M, D)."""
+    fmha = _fmha()
+    streams = [x.transpose(1, 2) for x in (q, k, v)]
+    return fmha.memory_efficient_attention_forward(*streams, scale=scale, op=fmha.triton_splitk.FwOp).transpose(1, 2)

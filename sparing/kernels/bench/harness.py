@@ -18,6 +18,7 @@ from sparing import kernels
 from sparing.kernels import dispatch
 from sparing.kernels.bench import report
 from sparing.kernels.bench.cases import Case, Inputs, cases
+from sparing.kernels.bench.peers import library_peers
 from sparing.kernels.bench.timing import Ceilings, graph_us, interleaved, measure_ceilings
 
 __all__ = ["BenchResult", "run"]
@@ -101,6 +102,7 @@ def _measure(
 ) -> list[dict[str, Any]]:
     peers: dict[str, Callable[..., Any]] = {
         **{name: partial(getattr(kernels, case.op), backend=name) for name in dispatch.BACKENDS},
+        **library_peers(case.op),
         **case.peers,
     }
     if device.type == "cpu":  # Triton would be interpreted here, Inductor needs a compiler; neither says anything
