@@ -28,6 +28,7 @@ class SemanticTrace(NamedTuple):
         pool_weights: (batch, M, positions of a cell in raster order), None without weighted pooling.
         centers: P, (batch, M, dim).
         semantic: S after each generation layer, (batch, M, dim).
+        prefix: the prefix tokens beside each S, (batch, prefix, dim).
         attention: of each generation layer, (batch, heads, prefix + M, keys). Keys are the prefix tokens, from the
             second layer on the M semantic tokens, then the N image tokens.
         tokens: (batch, prefix + M, dim) before the last norm.
@@ -38,6 +39,7 @@ class SemanticTrace(NamedTuple):
     pool_weights: Tensor | None
     centers: Tensor
     semantic: list[Tensor]
+    prefix: list[Tensor]
     attention: list[Tensor]
     tokens: Tensor
 
@@ -59,7 +61,7 @@ def trace(twin: "SemanticTokenViT", images: Tensor) -> SemanticTrace:
     pooling = twin.center_pooling.pooling if isinstance(twin.center_pooling, OffsetPooling) else twin.center_pooling
     weights = pooling.pool(image, grid)[1] if isinstance(pooling, WeightedPooling) else None
     tokens = query = twin.first_queries(base, image, grid)
-    centers, semantic, maps = query[:, prefix:], [], []
+    centers, semantic, leading, maps = query[:, prefix:], [], [], []
     for step, block in enumerate(twin.blocks[twin.base_depth : twin.base_depth + twin.generation_depth]):
         if step > 0:
             query, keys = twin.next_streams(tokens, image, step)
@@ -69,9 +71,10 @@ def trace(twin: "SemanticTokenViT", images: Tensor) -> SemanticTrace:
         )
         tokens = cross_block(block, query, keys)
         semantic.append(tokens[:, prefix:])
+        leading.append(tokens[:, :prefix])
     for block in twin.blocks[twin.base_depth + twin.generation_depth :]:
         tokens = block(tokens)
-    return SemanticTrace(embedded, base, weights, centers, semantic, maps, tokens)
+    return SemanticTrace(embedded, base, weights, centers, semantic, leading, maps, tokens)
 
 
 def gathered_regions(twin: "SemanticTokenViT", images: Tensor) -> Tensor:

@@ -103,6 +103,11 @@ class SemanticTokenViT(Twin, VisionTransformer):
                 f"base_depth {base} + generation_depth {generation_depth} leaves no semantic layer of the "
                 f"host's {depth}; base_depth >= 0, generation_depth >= 1 and a sum below {depth} are accepted"
             )
+        if centers is None and not (0 <= base < depth and generation_depth >= 1):
+            raise ValueError(
+                f"base_depth {base} and generation_depth {generation_depth} do not fit the host's {depth} layers, even "
+                "where num_tokens='all' leaves them without effect"
+            )
         if centers is not None and isinstance(host.patch_drop, PatchDropout) and host.patch_drop.prob > 0:
             raise ValueError(
                 f"{model_name(host)} drops patches in training (patch_drop_rate {host.patch_drop.prob}); semantic "
@@ -115,7 +120,7 @@ class SemanticTokenViT(Twin, VisionTransformer):
         self.generation_depth = 0 if centers is None else generation_depth
         self._knobs = {
             "num_tokens": "all" if centers is None else list(centers),
-            "base_depth": base,
+            "base_depth": None if centers is None else base,
             "generation_depth": generation_depth,
             "pooling": pooling,
             "keep_prefix": keep,
@@ -175,8 +180,14 @@ class SemanticTokenViT(Twin, VisionTransformer):
         """Knobs and the host's class and arguments.
 
         Raises:
-            ValueError: the modules differ from what timm's constructor builds; the first difference is named.
+            ValueError: the modules differ from what timm's constructor builds (the first difference is named), or
+                pruning left no semantic layer.
         """
+        if self.semantic_grid is not None and len(self.blocks) <= self.base_depth + self.generation_depth:
+            raise ValueError(
+                f"pruned to {len(self.blocks)} blocks, this twin has no semantic layer behind its base of "
+                f"{self.base_depth} and generation of {self.generation_depth}: it runs, but cannot be saved"
+            )
         return {"knobs": self.knobs, "host": {"name": self.host_name, **describe_vit(self, own=_OWN)}}
 
     @classmethod

@@ -158,6 +158,11 @@ def merge_schedule(r: Rate, depth: int) -> list[int]:
         first = int(rate * (1 - inflection))
         step = (2 * rate - 2 * first) / max(depth - 1, 1)
         rates = [int(first + step * i) for i in range(depth)]
+    elif isinstance(r, tuple) and len(r) == 2 != depth and all(isinstance(n, int) for n in r):
+        raise ValueError(
+            f"r {r!r} reads two ways: write ({r[0]}, {float(r[1])}) for a rate and its inflection, or "
+            f"[{r[0]}, {r[1]}] for the first two blocks"
+        )
     elif isinstance(r, list | tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in r):
         if len(r) > depth:
             raise ValueError(f"r lists {len(r)} blocks, the host has {depth}")
@@ -253,6 +258,14 @@ class TokenMergingViT(Twin, VisionTransformer):
     def rates(self, r: Rate) -> None:
         self._rates = merge_schedule(r, len(self.blocks))
         self.status: Status = "training-free" if any(self._rates) else "exact"
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """timm's: cut the blocks behind the last one taken, and their rates with them."""
+        take = super().prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
+        self.rates = self._rates[: len(self.blocks)]
+        return take
 
     @property
     def knobs(self) -> dict[str, Any]:

@@ -182,6 +182,8 @@ def test_dropping_what_the_head_reads_one_by_one_is_refused():
     for key in ("deit_distilled", "prr"):
         with pytest.raises(ValueError, match="reads its prefix tokens"):
             SemanticTokenViT.from_host(small_host(key), num_tokens=9, keep_prefix=False)
+    with pytest.raises(ValueError, match="base_depth 99 and generation_depth 2 do not fit"):
+        SemanticTokenViT.from_host(small_host("deit"), num_tokens="all", base_depth=99)
     with pytest.raises(ValueError, match="num_tokens='all' is the host's own computation"):
         SemanticTokenViT.from_host(small_host("deit"), num_tokens="all", keep_prefix=False)
 

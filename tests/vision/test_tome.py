@@ -109,7 +109,14 @@ def test_schedules(r, rates):
 
 
 @pytest.mark.parametrize(
-    ("r", "message"), [(-1, "negative"), ([1] * 6, "lists 6 blocks, the host has 5"), ((4, 2.0), "2.0"), ("x", "'x'")]
+    ("r", "message"),
+    [
+        (-1, "negative"),
+        ([1] * 6, "lists 6 blocks, the host has 5"),
+        ((4, 2.0), "2.0"),
+        ((12, 1), r"write \(12, 1\.0\) for a rate and its inflection, or \[12, 1\]"),
+        ("x", "'x'"),
+    ],
 )
 def test_schedules_that_cannot_be_are_refused(r, message):
     with pytest.raises(ValueError, match=message):

@@ -71,6 +71,24 @@ def test_changes_of_a_live_twin_are_saved(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_pruned_twin_comes_back_without_its_host(method, tmp_path):
+    twin = make(method, small_host("vit_small"))
+    twin.prune_intermediate_layers([len(twin.blocks) - 2], prune_head=False)
+    twin.save_pretrained(tmp_path)
+    again, images = sparing.load(tmp_path), images_for(twin)
+    assert len(again.blocks) == len(twin.blocks) < len(small_host("vit_small").blocks)
+    torch.testing.assert_close(again(images), twin.eval()(images))
+
+
+def test_a_twin_pruned_into_its_base_module_is_not_saved(tmp_path):
+    twin = make("stvit", small_host("vit_small"))
+    twin.prune_intermediate_layers([0], prune_head=False)
+    with pytest.raises(ValueError, match="pruned to 1 blocks, this twin has no semantic layer"):
+        twin.save_pretrained(tmp_path / "twin")
+    assert not (tmp_path / "twin").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_host_with_modules_of_its_own_converts_and_says_why_it_cannot_be_saved(method, tmp_path):
     host = small_host("deit")
     host.blocks[0].mlp.act = nn.Hardtanh()

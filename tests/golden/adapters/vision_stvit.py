@@ -10,10 +10,14 @@ from torch import Tensor
 
 from golden.adapters import vision_described as described
 from golden.harness import Case, CaseFile
-from sparing.vision.semantic_pooling import WeightedPooling
+from sparing.vision.semantic_pooling import OffsetPooling, WeightedPooling
 from sparing.vision.stvit import SemanticTokenViT
 
-_POOLINGS = {"intra_window_weighted": "weighted", "weighted": "weighted", "avg": "avg", "max": "max"}
+_POOLINGS = {
+    **dict.fromkeys(("intra_window_weighted", "weighted"), "weighted"),
+    **dict.fromkeys(("avg", "mean", "adaptive_avg", "adaptive_avg_pool"), "avg"),
+    **dict.fromkeys(("max", "adaptive_max", "adaptive_max_pool"), "max"),
+}
 
 
 def cases(case_file: CaseFile) -> Iterable[Case]:
@@ -93,12 +97,20 @@ def build(case: Case) -> dict[str, Tensor]:
         new.pop("global_centers", None)
     if twin.global_centers is None:
         new.pop("global_centers", None)
+    pooling = twin.center_pooling
+    if isinstance(pooling, OffsetPooling):  # the offset starts as the identity and has no described weights
+        pooling = pooling.pooling
+        new = {key.replace("center_pooling.", "center_pooling.pooling."): value for key, value in new.items()}
     missing, unexpected = twin.load_state_dict(new, strict=False)
     assert not unexpected, unexpected
-    assert not [name for name in missing if name.startswith("center_pooling.conv")], missing
-    if isinstance(twin.center_pooling, WeightedPooling):
-        twin.center_pooling.mask_value = config["pool_mask_value"]
-        twin.center_pooling.norm.eps = config["pool_norm_eps"]
+    if isinstance(pooling, WeightedPooling):
+        assert not [key for key in missing if key.endswith(("conv.weight", "logit.weight"))] or config.get(
+            "inter_window_offset"
+        ), missing
+        pooling.mask_value = config["pool_mask_value"]
+        pooling.norm.eps = config["pool_norm_eps"]
+    assert len(twin.blocks) - twin.base_depth - twin.generation_depth == config["semantic_depth"]
+    assert tuple(twin.patch_embed.grid_size) == tuple(config["grid_size"])
     images = case.inputs["image_u8"]
     with torch.no_grad():
         trace = twin.trace(images)
@@ -116,7 +128,11 @@ def build(case: Case) -> dict[str, Tensor]:
     results: dict[str, Tensor] = {}
     for name, (role, args) in case.options["roles"].items():
         if role == "semantic_tokens":
-            results[name] = trace.semantic[args["stgm_layer"] - 1]
+            step = args["stgm_layer"] - 1
+            tokens = trace.semantic[step]
+            if case.expected[name].tensor.shape[1] != tokens.shape[1]:  # described with the prefix tokens in front
+                tokens = torch.cat([trace.prefix[step], tokens], dim=1)
+            results[name] = tokens
         elif role == "attention_map":
             results[name] = trace.attention[args["stgm_layer"] - 1]
         elif single.get(role) is not None:
