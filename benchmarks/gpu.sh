@@ -111,7 +111,7 @@ for script in benchmarks/*.py; do
   name="$(basename "$script" .py)"
   case "$name" in
     stvit) limit=60 options=(--dtype bfloat16 --batch 128 --compile) ;;
-    stvit_r) limit=60 options=(--dtype bfloat16 --batch 8) ;;
+    stvit_r) limit=60 options=(--dtype bfloat16 --batch 8 --compile) ;;
     flexdit) limit=120 options=(--dtype bfloat16 --batch 16 --guidance --compile) ;;
     *) limit=60 options=() ;;
   esac
