@@ -18,7 +18,8 @@ from torch import nn
 from sparing.vision.stvit import SemanticTokenViT
 from sparing.vision.tome import TokenMergingViT
 from sparing.zoo.compare import compare
-from sparing.zoo.profile import count_flops, example_input
+from sparing.zoo.inputs import example_input
+from sparing.zoo.profile import count_flops
 
 RESULTS = Path(__file__).parent / "results"
 

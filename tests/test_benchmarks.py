@@ -1,0 +1,18 @@
+"""Benchmark scripts are run by hand and by benchmarks/gpu.sh: here each is imported, so that a renamed function shows."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_benchmark_script_finds_all_that_it_imports_and_has_a_main(script):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{script.stem}", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert callable(module.main)
+    assert module.__doc__
+    assert "python benchmarks/" in module.__doc__
