@@ -1,4 +1,4 @@
-"""Benchmark scripts are run by hand and by benchmarks/gpu.sh: here each is imported, so that a renamed function shows."""
+"""Benchmark scripts run by hand and on a GPU only: here each is imported, so that a renamed function shows."""
 
 import importlib.util
 from pathlib import Path

@@ -89,6 +89,7 @@ class _Choice(threading.local):
 
     def __init__(self) -> None:
         self.chosen: dict[str | None, str] = {}
+        self.asked: str | None = None  # the op that explain() asks about
 
 
 _CHOICE = _Choice()
@@ -202,6 +203,8 @@ def resolve(name: str, backend: str, args: tuple[Any, ...], kwargs: dict[str, An
         BackendUnsupported: the named backend cannot serve, or ``'auto'`` found none.
     """
     op = _OPS[name]
+    if _CHOICE.asked == name:
+        raise _HandedOn(args, kwargs)
     if backend == "auto":
         backend = _requested(op)
     if backend != "auto":
@@ -318,20 +321,13 @@ class _HandedOn(Exception):
 
 def _handed_on(entry: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What the op's implementations would be given: the public function may unpack or complete its own arguments."""
-    asking, original = threading.get_ident(), resolve
-
-    def stop(name: str, backend: str, given: tuple[Any, ...], named: dict[str, Any]) -> Impl:
-        if threading.get_ident() == asking and name == entry.name:
-            raise _HandedOn(given, named)
-        return original(name, backend, given, named)
-
-    globals()["resolve"] = stop
+    _CHOICE.asked = entry.name
     try:
         entry.public(*args, **kwargs)
     except _HandedOn as found:
         return found.args[0], found.args[1]
     finally:
-        globals()["resolve"] = original
+        _CHOICE.asked = None
     return args, kwargs
 
 

@@ -21,6 +21,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             "q (B, H, M, D), k (B, H, N, D), v (B, H, N, Dv) disagree: "
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
+    if q.shape[3] == 0:
+        raise ValueError(f"head_dim is 0: q has shape {tuple(q.shape)}")
     check_dtypes(q, k, v)
 
 

@@ -136,7 +136,7 @@ def test_bad_arguments_are_named():
         compact(torch.ones(2, 3))
     with pytest.raises(ValueError, match="capacity is -1"):
         compact(_keep(2, 3), capacity=-1)
-    with pytest.raises(ValueError, match="6 tokens in all"):
+    with pytest.raises(ValueError, match="expected \\(2, 3, "):
         gather_rows(torch.zeros(2, 4, 1), packing)
     with pytest.raises(ValueError, match="3 rows"):
         scatter_rows(torch.zeros(9, 1), packing)

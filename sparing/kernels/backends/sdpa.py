@@ -19,6 +19,8 @@ def attention_reasons(
 ) -> list[str]:
     """Why SDPA cannot serve a dense attention call."""
     reasons = []
+    if q.shape[1] == 0:
+        reasons.append("there are no heads, on which it stops the process")
     if return_lse:
         reasons.append("scaled_dot_product_attention returns no lse")
     if q.device.type == "cuda" and torch.are_deterministic_algorithms_enabled() and needs_grad(q, k, v, bias=bias):
@@ -63,13 +65,21 @@ def masked_attention(
         sees, visible = _open_empty_rows(bias, visible)
     mask = visible
     if bias is not None:
-        mask = bias.to(q.dtype)
+        mask = _narrowed(bias, q.dtype)
         if visible is not None:
             mask = mask.masked_fill(~visible, float("-inf"))
         if sees is not None:  # a row of the bias may be -inf throughout
             mask = mask.masked_fill(~sees, 0.0)
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout_p)
     return out if sees is None else torch.where(sees, out, out.new_zeros(()))
+
+
+def _narrowed(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """``bias`` in ``dtype``; finite values stay finite (-1e9 would become -inf in float16), -inf stays -inf."""
+    if bias.dtype == dtype:
+        return bias
+    limit = torch.finfo(dtype).max
+    return torch.where(bias.isinf(), bias, bias.clamp(-limit, limit)).to(dtype)
 
 
 def _open_empty_rows(bias: Tensor | None, visible: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparing.kernels.dispatch import needs_grad
+
 
 def varlen_reasons(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **kwargs: Any
@@ -41,11 +43,15 @@ def varlen_attention(
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     window = (-1, 0) if causal else (-1, -1)
+    # Rows that no segment uses (a fixed capacity): the kernel writes neither their output nor their gradients.
+    spare = [torch.arange(t.shape[0], device=t.device) >= cu[-1] for t, cu in ((q, cu_q), (k, cu_k))]
+    if needs_grad(q, k, v):
+        q, k, v = (t.masked_fill(rows.view(-1, 1, 1), 0.0) for t, rows in ((q, spare[0]), (k, spare[1]), (v, spare[1])))
     out, lse = varlen_attn(
         q, k, v, cu_q, cu_k, max_q, max_k, return_aux=AuxRequest(lse=True), scale=scale, window_size=window
     )
     lse = lse.detach()
     # kernels write +inf or -inf as the normaliser of a row that sees nothing; both mean empty
-    empty = torch.isinf(lse)
+    empty = torch.isinf(lse) | spare[0]
     out = out.masked_fill(empty.transpose(0, 1).unsqueeze(-1), 0.0)
     return (out, lse.masked_fill(empty, float("-inf"))) if return_lse else out

@@ -99,9 +99,11 @@ def gather_rows(x: Tensor, compaction: Compaction, *, backend: str = "auto") -> 
     Raises:
         ValueError: ``x`` does not have the batch and token counts of the compaction.
     """
-    if x.ndim < 2 or x.shape[0] * x.shape[1] != compaction.inverse.shape[0]:
-        rows = compaction.inverse.shape[0]
-        raise ValueError(f"x has shape {tuple(x.shape)}; expected (batch, tokens, ...), {rows} tokens in all")
+    batch, tokens = compaction.lengths.shape[0], compaction.max_len_bound
+    if x.ndim < 2 or x.shape[0] != batch or x.shape[1] != tokens:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; expected ({batch}, {tokens}, ...) as the mask that was compacted"
+        )
     return run("gather_rows", backend, x, compaction)
 
 

@@ -77,6 +77,8 @@ def merge_attention(outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Ten
     Raises:
         ValueError: shapes that do not fit.
     """
+    if len(outs) == 0 or len(lses) == 0:
+        raise ValueError("there is nothing to merge: outs and lses are empty")
     outs = outs if isinstance(outs, Tensor) else torch.stack(list(outs), dim=2)
     lses = lses if isinstance(lses, Tensor) else torch.stack(list(lses), dim=2)
     if outs.shape[:-1] != lses.shape:
@@ -87,7 +89,10 @@ def merge_attention(outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Ten
     total = weights.sum(-2, keepdim=True)
     nothing = total == 0
     weights = weights / total.masked_fill(nothing, 1.0)
-    merged = (weights.unsqueeze(-1) * outs.to(weights.dtype)).sum(-3)
+    parts = outs.to(weights.dtype).masked_fill(
+        (lses == float("-inf")).unsqueeze(-1), 0.0
+    )  # whatever an empty part holds
+    merged = (weights.unsqueeze(-1) * parts).sum(-3)
     lse = (peak + total.masked_fill(nothing, 1.0).log()).masked_fill(nothing, float("-inf")).squeeze(-2)
     return merged.to(outs.dtype), lse
 

@@ -80,6 +80,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: i
         )
     if max_q < 0 or max_k < 0:
         raise ValueError(f"max_q and max_k are lengths, got {max_q} and {max_k}")
+    if q.device.type == "cpu" and type(cu_q) is Tensor and not torch.compiler.is_compiling() and cu_q.shape[0] > 1:
+        longest = [int(cu.diff().max()) for cu in (cu_q, cu_k)]  # on CUDA this would synchronise: there it is trusted
+        if longest[0] > max_q or longest[1] > max_k:
+            raise ValueError(
+                f"max_q {max_q} and max_k {max_k} are below the longest segments, {longest[0]} and {longest[1]}"
+            )
 
 
 def _padded(
@@ -109,7 +115,9 @@ def _padded(
     if causal:
         offset = (lengths_k - lengths_q).view(-1, 1, 1, 1)
         visible = visible & (place_k <= place_q.unsqueeze(1) + offset)
-    padded = [t[rows].transpose(1, 2) for t, rows in ((q, rows_q), (k, rows_k), (v, rows_k))]
+    # Rows behind a segment's end belong to its neighbour: zeroed, since a hidden NaN would still reach the sums.
+    beyond = (place_k >= lengths_k.unsqueeze(1)).view(*rows_k.shape, 1, 1)
+    padded = [t.transpose(1, 2) for t in (q[rows_q], *(t[rows_k].masked_fill(beyond, 0.0) for t in (k, v)))]
     if explicit:
         out, lse = explicit_attention(*padded, bias=None, visible=visible, scale=scale)
     else:
@@ -118,11 +126,13 @@ def _padded(
     total = torch.arange(q.shape[0], device=q.device, dtype=torch.int32)
     segment = torch.searchsorted(cu_q[1:].contiguous(), total, right=True).clamp(max=max(cu_q.shape[0] - 2, 0))
     inside = (total - cu_q[segment]).clamp(max=max(max_q - 1, 0))
-    packed = out.transpose(1, 2)[segment, inside]
+    spare = (total >= cu_q[-1]).view(-1, 1, 1)  # rows of a fixed capacity that no segment uses
+    packed = out.transpose(1, 2)[segment, inside].masked_fill(spare, 0.0)
     if not return_lse:
         return packed
     assert lse is not None
-    return packed, lse.transpose(1, 2)[segment, inside].transpose(0, 1).detach()
+    normaliser = lse.transpose(1, 2)[segment, inside].masked_fill(spare[..., 0], float("-inf"))
+    return packed, normaliser.transpose(0, 1).detach()
 
 
 def _reference(*args: Any, **kwargs: Any) -> Any:

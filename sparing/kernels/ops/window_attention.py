@@ -148,6 +148,8 @@ def _check(
         raise ValueError(f"rel_bias must be ({heads}, {tokens}, {tokens}), got {tuple(rel_bias.shape)}")
     if region is not None and tuple(region.shape) != tuple(q.shape[1:3]):
         raise ValueError(f"region must be {tuple(q.shape[1:3])}, got {tuple(region.shape)}")
+    if region is not None and region.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        raise TypeError(f"region holds ids, integers within int32; got {region.dtype}")
 
 
 def _windows(

@@ -251,6 +251,7 @@ def forward(
         partial = torch.empty(batch, heads, splits, num_queries, value_dim, device=q.device, dtype=lse.dtype)
         partial_lse = torch.empty(batch, heads, splits, num_queries, device=q.device, dtype=lse.dtype)
     strides, unit = strides_in_units(q, k, v)
+    kv_len = None if kv_len is None else kv_len.contiguous()
     constants = _constants(q, v, bias, kv_len, "forward")
     few_query_forward_kernel[(batch * heads * splits,)](
         q, k, v, q if bias is None else bias, q if kv_len is None else kv_len, partial, partial_lse,
@@ -283,6 +284,7 @@ def backward(
     """Gradients of q, k, v (contiguous) and, where asked for, of the biased scores (B, H, M, N)."""
     grad, q, k, v = (unit_last_stride(t) for t in (grad, q, k, v))
     bias = None if bias is None else unit_last_stride(bias)
+    kv_len = None if kv_len is None else kv_len.contiguous()
     batch, heads, num_queries, dim = q.shape
     num_keys = k.shape[2]
     dk, dv = (torch.empty(t.shape, device=t.device, dtype=t.dtype) for t in (k, v))

@@ -109,8 +109,9 @@ def build(case: Case) -> dict[str, Tensor]:
         ), missing
         pooling.mask_value = config["pool_mask_value"]
         pooling.norm.eps = config["pool_norm_eps"]
-    assert len(twin.blocks) - twin.base_depth - twin.generation_depth == config["semantic_depth"]
-    assert tuple(twin.patch_embed.grid_size) == tuple(config["grid_size"])
+    semantic_depth = len(twin.blocks) - twin.base_depth - twin.generation_depth
+    assert config.get("semantic_depth", semantic_depth) == semantic_depth
+    assert tuple(config.get("grid_size", twin.patch_embed.grid_size)) == tuple(twin.patch_embed.grid_size)
     images = case.inputs["image_u8"]
     with torch.no_grad():
         trace = twin.trace(images)
