@@ -50,7 +50,7 @@ from sparing.vision.vit_hosts import (
 )
 from sparing.zoo.twins import Status, Twin
 
-__all__ = ["SemanticTokenViT", "SemanticTokenViTDistilled"]
+__all__ = ["NumTokens", "SemanticTokenViT", "SemanticTokenViTDistilled", "as_pair", "center_grid"]
 
 NumTokens = int | tuple[int, int] | Literal["all"] | None
 # Names of what the twin adds to its host's parameters.
@@ -94,7 +94,7 @@ class SemanticTokenViT(Twin, VisionTransformer):
         check_same_class(self, host)
         grid, depth = host.patch_embed.grid_size, len(host.blocks)
         keep = _keep_prefix(host, keep_prefix, everything=num_tokens == "all")
-        centers = None if num_tokens == "all" else _center_grid(num_tokens, grid)
+        centers = None if num_tokens == "all" else center_grid(num_tokens, grid)
         if pooling not in POOLINGS:
             raise ValueError(f"pooling {pooling!r} is unknown; {', '.join(POOLINGS)} are accepted")
         base = depth // 3 if base_depth is None else base_depth
@@ -346,7 +346,7 @@ class SemanticTokenViT(Twin, VisionTransformer):
         """
         new_patch = patch_size or self.patch_embed.patch_size
         new_size = img_size or self.patch_embed.img_size
-        sizes = [s // p for s, p in zip(_pair(new_size), _pair(new_patch))]
+        sizes = [s // p for s, p in zip(as_pair(new_size), as_pair(new_patch))]
         if self.semantic_grid is not None:
             for size, count in zip(sizes, self.semantic_grid):
                 axis_cells(size, count)
@@ -388,7 +388,8 @@ class SemanticTokenViTDistilled(SemanticTokenViT, VisionTransformerDistilled):
     """The STViT twin of a distilled DeiT: its two heads read the class and the distillation token, which are kept."""
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def as_pair(value: Any) -> tuple[int, int]:
+    """(rows, columns) of one number or of a pair."""
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
@@ -412,7 +413,7 @@ def _keep_prefix(host: VisionTransformer, wanted: bool | None, *, everything: bo
     return wanted
 
 
-def _center_grid(num_tokens: NumTokens, grid: tuple[int, int]) -> tuple[int, int]:
+def center_grid(num_tokens: NumTokens, grid: tuple[int, int]) -> tuple[int, int]:
     """(s_h, s_w) for ``num_tokens`` on a (rows, columns) grid.
 
     Raises:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from sparing.vision.dumbbell import BLOCKS_PER_UNIT
 from sparing.vision.semantic_pooling import POOLINGS, make_pooling
 from sparing.vision.split_attention import cross_block
-from sparing.vision.stvit import NumTokens, _center_grid, _pair
+from sparing.vision.stvit import NumTokens, as_pair, center_grid
 from sparing.vision.vit_contracts import (
     check_images,
     check_output_format,
@@ -65,7 +65,7 @@ class DumbbellViT(Twin, VisionTransformer):
 
     def __init__(self, host: VisionTransformer, *, num_tokens: NumTokens = None, pooling: str = "weighted") -> None:
         check_vit(host, method=self.method)
-        centers = None if num_tokens == "all" else _center_grid(num_tokens, host.patch_embed.grid_size)
+        centers = None if num_tokens == "all" else center_grid(num_tokens, host.patch_embed.grid_size)
         if pooling not in POOLINGS:
             raise ValueError(f"pooling {pooling!r} is unknown; {', '.join(POOLINGS)} are accepted")
         if centers is not None and len(host.blocks) % BLOCKS_PER_UNIT:
@@ -218,8 +218,10 @@ class DumbbellViT(Twin, VisionTransformer):
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """timm's: new image or patch size; the number of semantic tokens stays."""
         if self.semantic_grid is not None:
-            sides = zip(_pair(img_size or self.patch_embed.img_size), _pair(patch_size or self.patch_embed.patch_size))
-            _center_grid(self.semantic_grid, tuple(side // patch for side, patch in sides))  # type: ignore[arg-type]
+            sides = zip(
+                as_pair(img_size or self.patch_embed.img_size), as_pair(patch_size or self.patch_embed.patch_size)
+            )
+            center_grid(self.semantic_grid, tuple(side // patch for side, patch in sides))  # type: ignore[arg-type]
         super().set_input_size(img_size=img_size, patch_size=patch_size)
         self._update_feature_info()
 
