@@ -49,6 +49,15 @@ class BlockMap:
             raise ValueError(f"block sizes must be at least 1, got {block_q} and {block_k}")
         return cls(mask, block_q, block_k, *_lists(mask), *_lists(mask.transpose(-2, -1)))
 
+    @classmethod
+    def from_lists(cls, kv_num: Tensor, kv_idx: Tensor, *, block_q: int, block_k: int) -> "BlockMap":
+        """The map whose lists are ``kv_num`` (.., NQ) and ``kv_idx`` (.., NQ, NK), without a host synchronisation."""
+        columns = kv_idx.shape[-1]
+        kept = torch.arange(columns, device=kv_idx.device) < kv_num.unsqueeze(-1)
+        place = torch.where(kept, kv_idx, columns).long()  # one column more takes what is not kept
+        mask = torch.zeros(*kv_idx.shape[:-1], columns + 1, dtype=torch.bool, device=kv_idx.device)
+        return cls.from_mask(mask.scatter(-1, place, True)[..., :columns], block_q=block_q, block_k=block_k)
+
     @property
     def num_blocks(self) -> tuple[int, int]:
         """(NQ, NK)."""

@@ -1,7 +1,9 @@
 """Inputs that a user may give and a kernel may not expect: strided lengths, huge biases, spare rows, NaN next door."""
 
+import importlib
 import threading
 
+import calls
 import pytest
 import torch
 
@@ -112,3 +114,32 @@ def test_explaining_in_two_threads_disturbs_no_call():
     for thread in threads:
         thread.join()
     assert not errors
+
+
+@pytest.mark.parametrize("name", ["few_query", "block_sparse", "window", "tiny"])
+def test_a_program_exported_with_kernels_runs_where_none_can(name, monkeypatch):
+    torch.manual_seed(0)
+    call = getattr(calls, name)(torch.float32)
+    op = call.op.__name__
+    kernel = "window_attention" if name == "tiny" else op
+    monkeypatch.setattr(importlib.import_module(f"sparing.kernels.ops.{op}"), "triton_here", lambda device: ["no"])
+    monkeypatch.delattr(importlib.import_module(f"sparing.kernels.triton.{kernel}"), "forward")
+    with torch.no_grad():
+        got = call.run(*call.leaves, backend="triton", return_lse=True)
+        want = call.run(*call.leaves, backend="reference", return_lse=True)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_ring_step_runs_where_no_kernel_can(monkeypatch):
+    module = importlib.import_module("sparing.kernels.ops.ring_attention_step")
+    monkeypatch.setattr(module, "triton_here", lambda device: ["no"])
+    monkeypatch.delattr(importlib.import_module("sparing.kernels.triton.ring_attention_step"), "step")
+    q, k, v = (torch.randn(3, 1, 2, 8) for _ in range(3))
+    caches = [
+        kernels.RingCache(torch.zeros(3, 4, 2, 8), torch.zeros(3, 4, 2, 8), *torch.zeros(2, 3).int(), 4) for _ in "ab"
+    ]
+    outs = [kernels.ring_attention_step(q, k, v, cache, backend=b) for cache, b in zip(caches, ("triton", "reference"))]
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(caches[0].k, caches[1].k)
+    assert caches[0].head.tolist() == [1, 1, 1]

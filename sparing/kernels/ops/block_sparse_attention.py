@@ -98,6 +98,10 @@ def block_sparse_attention_fwd(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out and lse by the Triton kernels; ``q_num`` and ``q_idx`` are there for the backward."""
+    if triton_here(q.device):  # a program exported on CUDA and loaded where no kernel can run
+        block_map = BlockMap.from_lists(kv_num, kv_idx, block_q=block_q, block_k=block_k)
+        out, lse = _reference(q, k, v, block_map, causal=causal, scale=scale, return_lse=True)
+        return out.contiguous(), lse.contiguous()
     from sparing.kernels.triton import block_sparse_attention as kernels
 
     return kernels.forward(q, k, v, kv_num, kv_idx, block_q=block_q, block_k=block_k, causal=causal, scale=scale)

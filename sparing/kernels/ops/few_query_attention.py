@@ -154,6 +154,10 @@ def few_query_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kv_len: Tensor | None, scale: float, splits: int | None
 ) -> tuple[Tensor, Tensor]:
     """out and lse by the Triton kernels."""
+    if triton_here(q.device):  # a program exported on CUDA and loaded where no kernel can run
+        options: dict[str, Any] = {"scale": scale, "splits": splits, "return_lse": True}
+        out, lse = _reference(q, k, v, bias=bias, kv_len=kv_len, **options)
+        return out.contiguous(), lse.contiguous()
     from sparing.kernels.triton import few_query_attention as kernels
 
     return kernels.forward(q, k, v, bias, kv_len, scale=scale, splits=splits)

@@ -248,6 +248,11 @@ def ring_attention_step_op(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out and lse by the Triton kernel; the cache is updated in place."""
+    if triton_here(q.device):  # a program exported on CUDA and loaded where no kernel can run
+        cache = RingCache(k_cache, v_cache, head, length, window)
+        flags = {"active": active, "reset": reset, "age_bias": age_bias}
+        out, lse = _reference(q, k_new, v_new, cache, **flags, scale=scale, return_lse=True)
+        return out.contiguous(), lse.contiguous()
     from sparing.kernels.triton import ring_attention_step as kernels
 
     state = (k_cache, v_cache, head, length)

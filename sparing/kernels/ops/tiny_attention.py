@@ -68,6 +68,9 @@ def _sdpa_reasons(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, **kwargs
 @torch.library.custom_op("sparing::tiny_attention_fwd", mutates_args=())
 def tiny_attention_fwd(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """out and lse by the Triton kernel."""
+    if triton_here(q.device):  # a program exported on CUDA and loaded where no kernel can run
+        out, lse = _reference(q, k, v, bias, scale=scale, return_lse=True)
+        return out.contiguous(), lse.contiguous()
     from sparing.kernels.triton import window_attention as kernels
 
     problems = kernels.Problems.of_batch(q, k, v)

@@ -236,6 +236,11 @@ def window_attention_fwd(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out and lse by the Triton kernel; ``bias`` is the relative table, or a gathered bias, as ``table`` says."""
+    if triton_here(q.device):  # a program exported on CUDA and loaded where no kernel can run
+        biases = (bias, None) if table else (None, bias)
+        sides = {"window": (window[0], window[1]), "shift": (shift[0], shift[1]), "heads": heads}
+        out, lse = _reference(q, k, v, *biases, region, **sides, scale=scale, return_lse=True)
+        return out.contiguous(), lse.contiguous()
     from sparing.kernels.triton import window_attention as kernels
 
     problems = kernels.Problems.of_maps(q, heads, (window[0], window[1]), (shift[0], shift[1]))
