@@ -129,7 +129,9 @@ def _open_clip(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module
     kwargs.setdefault("device", torch.get_default_device())  # else it would leave the device context of the caller
     try:
         return cast(nn.Module, open_clip.create_model(name, pretrained=weights_tag, **kwargs))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "download" not in str(error):  # open_clip wraps what the hub raises
+            raise
         raise needs_hub(f"open_clip/{name}") from error
 
 
