@@ -1,15 +1,18 @@
 """Detection on a Swin host and on its STViT-R twin, trained the same way from the same start: AP, FLOPs, seconds.
 
-    python -m sparing.recipes.emoji_scenes --emoji google.tar --out DATA/scenes --train 400 --test 100 --size 128
+    python -m sparing.recipes.emoji_scenes --emoji google.tar --out DATA/scenes --train 600 --test 100 --size 192
     python benchmarks/detection_table.py --scenes DATA/scenes --data DATA/PennFudanPed.zip --out runs/detection
 
-Nothing is downloaded: the start of both is one Swin, trained as the backbone of a Mask R-CNN on the synthetic scenes
-(seed 0). Host and twin are made from its weights and fine-tuned on ``--data`` with every seed, by the same settings.
-Each run leaves a folder and resumes; the script can be stopped and given again. Prints the table and writes JSON under
-benchmarks/results/. The comparison is the result, not the absolute AP.
+Nothing is downloaded: the start of both is one Mask R-CNN on a Swin backbone, trained on the synthetic scenes (seed
+0). The twin's backbone is made from the host's trained weights; pyramid and heads begin from the start for both, the
+class predictors afresh. Both are fine-tuned on ``--data`` with every seed by the same settings. The host is the dense
+form with ordinary Swin blocks everywhere (``sample_window_size='all'``), so that both have a norm a level. Each run
+leaves a folder and resumes; the script can be stopped and given again. ``--cost`` measures FLOPs and seconds (on a
+quiet machine) instead. Writes JSON under benchmarks/results/. The comparison is the result, not the absolute AP.
 """
 
 import argparse
+import datetime
 import json
 import statistics
 from pathlib import Path
@@ -17,54 +20,134 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sparing.recipes.detection_data import open_detection
+from sparing.recipes.detection_data import DetectionBatches, open_detection
 from sparing.recipes.finetune_detection import finetune_detection
 from sparing.training import FitSettings, write_json
-from sparing.vision.detection import DetectorConfig, load_detector, timm_fpn
+from sparing.vision.detection import DetectorConfig, load_detector
 from sparing.vision.stvit_r import STViTR
 from sparing.zoo.compare import compare
 
 RESULTS = Path(__file__).parent / "results"
-HOST = "timm/swin_tiny_patch4_window7_224"
+HOST = "timm/swin_small_patch4_window7_224"
+KNOBS: dict[str, dict[str, Any]] = {"host": {"dense": True, "sample_window_size": "all"}, "stvit_r": {"dense": True}}
+SCORES = ("box_ap", "box_ap50", "mask_ap", "mask_ap50")
 
 
-def settings_of(options: argparse.Namespace, epochs: int, seed: int) -> FitSettings:
-    return FitSettings(epochs=epochs, batch_size=options.batch, lr=options.lr, seed=seed, checkpoint_every=50)
-
-
-def config_of(options: argparse.Namespace, classes: list[str], *, twin: bool) -> DetectorConfig:
-    arguments = {"embed_dim": options.embed_dim, "num_heads": [2, 4, 8, 16], "drop_path_rate": 0.0, "num_classes": 0}
+def config_of(options: argparse.Namespace, classes: list[str], name: str) -> DetectorConfig:
+    arguments = {
+        "embed_dim": options.embed_dim, "depths": options.depths, "num_heads": [2, 4, 8, 16], "drop_path_rate": 0.0,
+        "num_classes": 0,
+    }  # fmt: skip
     return DetectorConfig(
         classes=classes,
         backbone=HOST,
         backbone_arguments=arguments,
-        twin="stvit_r" if twin else None,
-        knobs={"dense": True} if twin else {},
+        twin="stvit_r",
+        knobs=KNOBS[name],
         out_channels=64,
         min_size=options.pixels,
         max_size=2 * options.pixels,
-    )
+        mask_channels=64,
+        detector_arguments={
+            "box_batch_size_per_image": 64, "rpn_pre_nms_top_n_train": 500, "rpn_post_nms_top_n_train": 250,
+            "rpn_pre_nms_top_n_test": 250, "rpn_post_nms_top_n_test": 100, "box_detections_per_img": 50,
+        },
+    )  # fmt: skip
 
 
-def run(config: DetectorConfig, data: str, out: Path, settings: FitSettings, backbone: nn.Module) -> dict[str, Any]:
+def run(config: DetectorConfig, data: str, out: Path, settings: FitSettings, **begin: Any) -> dict[str, Any]:
     """The metrics of a run, from its folder when it is complete."""
     done = out / "metrics.json"
     if done.is_file():
         return json.loads(done.read_text())  # type: ignore[no-any-return]
-    return finetune_detection(config, data, out=out, fit_settings=settings, backbone=backbone)
+    return finetune_detection(config, data, out=out, fit_settings=settings, **begin)
 
 
-def start(options: argparse.Namespace) -> nn.Module:
-    """The Swin that both begin with: trained on the synthetic scenes."""
+def backbones(options: argparse.Namespace) -> dict[str, nn.Module]:
+    """Host and twin with the weights of the start, which is trained first unless its folder is complete."""
+    config = config_of(options, open_detection(options.scenes, split="train").classes, "host")
     torch.manual_seed(0)
-    config = config_of(options, open_detection(options.scenes, split="train").classes, twin=False)
     host = timm.create_model(HOST.removeprefix("timm/"), **config.backbone_arguments)
-    run(config, options.scenes, options.out / "start", settings_of(options, options.start_epochs, 0), host)
-    trained: nn.Module = load_detector(options.out / "start").backbone.body.model
-    host.load_state_dict({k: v for k, v in trained.state_dict().items() if not k.startswith("head.")}, strict=False)
-    return host
+    made: dict[str, nn.Module] = {name: STViTR.from_host(host, **knobs) for name, knobs in KNOBS.items()}
+    settings = FitSettings(
+        epochs=options.start_epochs, batch_size=options.batch, lr=options.start_lr, checkpoint_every=50
+    )
+    run(config, options.scenes, options.out / "start", settings, backbone=made["host"])
+    trained = load_detector(options.out / "start").backbone.body.state_dict()
+    for body in made.values():
+        body.load_host_weights(trained)
+    return made
+
+
+def train(options: argparse.Namespace) -> None:
+    made = backbones(options)
+    classes = open_detection(options.data, split="train").classes
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in made}
+    for seed in range(options.seeds):
+        for name, body in made.items():
+            settings = FitSettings(
+                epochs=options.epochs, batch_size=options.batch, lr=options.lr, seed=seed, checkpoint_every=50
+            )
+            folder, config = options.out / f"{name}_seed{seed}", config_of(options, classes, name)
+            begin = {"backbone": body, "start": options.out / "start"}
+            runs[name].append(run(config, options.data, folder, settings, **begin))
+    table = {name: {score: mean_and_deviation(found, score) for score in SCORES} for name, found in runs.items()}
+    for name, values in table.items():
+        print(f"{name:8s} " + "  ".join(f"{s} {v['mean']:.3f} ± {v['sd']:.3f}" for s, v in values.items()))
+    gains = {
+        score: [twin[score] - host[score] for host, twin in zip(runs["host"], runs["stvit_r"])] for score in SCORES
+    }
+    print("twin minus host, by seed: " + "  ".join(f"{s} {[round(v, 3) for v in gains[s]]}" for s in SCORES))
+    content = {"scores": table, "twin_minus_host": gains, "seeds": options.seeds, "runs": runs}
+    write_json(RESULTS / "detection_table.json", {**content, "date": str(datetime.date.today())})
+
+
+def mean_and_deviation(found: list[dict[str, Any]], score: str) -> dict[str, float]:
+    values = [metrics[score] for metrics in found]
+    return {"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+class Backbone(nn.Module):
+    """The whole pyramid is computed, its coarsest map handed on."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.pyramid = detector.backbone
+
+    def forward(self, images: Tensor) -> Tensor:
+        coarsest: Tensor = self.pyramid(images)["pool"]
+        return coarsest
+
+
+class Detector(nn.Module):
+    """A detector that takes one batch of images of one size and gives the mean score, for the timing."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack([found["scores"].sum() for found in self.detector(list(images))])
+
+
+def cost(options: argparse.Namespace) -> None:
+    """FLOPs and seconds of the trained detectors (seed 0), host and twin in one run: the backbone with its pyramid,
+    and the whole detector on the first held-out picture; the backbone at 640 x 640 too."""
+    detectors = {name: load_detector(options.out / f"{name}_seed0") for name in KNOBS}
+    picture, _ = DetectionBatches(open_detection(options.data, split="test")).load(0, None)
+    resized = next(iter(detectors.values())).transform([picture])[0].tensors
+    pyramids = {name: Backbone(detector) for name, detector in detectors.items()}
+    parts = {
+        "backbone": (pyramids, resized),
+        "backbone_640": (pyramids, torch.rand(1, 3, 640, 640)),
+        "detector": ({name: Detector(detector) for name, detector in detectors.items()}, picture[None]),
+    }
+    for part, (models, images) in parts.items():
+        cost_of = compare(models, inputs=images, repeats=options.repeats, warmup=2, cost_only=list(models))
+        print(f"{part}, input {tuple(images.shape)}\n{cost_of}")
+        cost_of.to_json(RESULTS / f"detection_cost_{part}.json")
 
 
 def main() -> None:
@@ -74,55 +157,18 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--start-epochs", type=int, default=8)
+    parser.add_argument("--start-lr", type=float, default=1e-3)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--embed-dim", type=int, default=32, help="width of the Swin; heads are 2, 4, 8, 16")
+    parser.add_argument("--depths", type=int, nargs=4, default=[2, 2, 12, 2], help="layers a stage of the Swin")
     parser.add_argument("--pixels", type=int, default=192, help="shorter side of an image")
+    parser.add_argument("--cost", action="store_true", help="measure FLOPs and seconds of what was trained")
+    parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
-
-    host = start(options)
-    classes = open_detection(options.data, split="train").classes
-    rows: dict[str, list[dict[str, Any]]] = {"host": [], "stvit_r": []}
-    for seed in range(options.seeds):
-        for name, found in rows.items():
-            torch.manual_seed(seed)
-            backbone = STViTR.from_host(host, dense=True) if name == "stvit_r" else host
-            config = config_of(options, classes, twin=name == "stvit_r")
-            folder = options.out / f"{name}_seed{seed}"
-            found.append(run(config, options.data, folder, settings_of(options, options.epochs, seed), backbone))
-    scores = ("box_ap", "box_ap50", "mask_ap", "mask_ap50")
-    table = {
-        name: {
-            score: {
-                "mean": statistics.mean(m[score] for m in found),
-                "sd": statistics.stdev(m[score] for m in found) if len(found) > 1 else 0.0,
-            }
-            for score in scores
-        }
-        for name, found in rows.items()
-    }
-
-    class Coarsest(nn.Module):
-        """The whole pyramid is computed, its coarsest map handed on."""
-
-        def __init__(self, backbone: nn.Module) -> None:
-            super().__init__()
-            self.pyramid = timm_fpn(backbone, out_channels=64)
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            coarsest: torch.Tensor = self.pyramid(images)["3"]
-            return coarsest
-
-    bodies = {"host": Coarsest(host).eval(), "stvit_r": Coarsest(STViTR.from_host(host, dense=True)).eval()}
-    images = torch.rand(1, 3, 640, 640)
-    cost = compare(bodies, inputs=images, repeats=10, warmup=2, cost_only=list(bodies))
-    print(cost)
-    for name, values in table.items():
-        print(f"{name:8s} " + "  ".join(f"{s} {v['mean']:.3f} ± {v['sd']:.3f}" for s, v in values.items()))
     RESULTS.mkdir(exist_ok=True)
-    cost.to_json(RESULTS / "detection_cost.json")
-    write_json(RESULTS / "detection_table.json", {"scores": table, "seeds": options.seeds, "runs": rows})
+    cost(options) if options.cost else train(options)
 
 
 if __name__ == "__main__":

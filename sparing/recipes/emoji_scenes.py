@@ -26,7 +26,7 @@ from sparing.training import progress, uniforms, write_json
 
 __all__ = ["GROUPS", "emoji_scenes"]
 
-GROUPS = ("smileys-emotion", "animals-nature", "food-drink", "travel-places", "objects")
+GROUPS = ("smileys & emotion", "animals & nature", "food & drink", "travel & places", "objects")  # emojibase's names
 _MIN_VISIBLE = 0.25
 _TEST_SHARE = 5  # every fifth emoji belongs to the test scenes
 
@@ -39,6 +39,7 @@ def read_emoji(path: str | Path, groups: Sequence[str] = GROUPS) -> dict[str, li
     """
     found: dict[str, list[Image.Image]] = {group: [] for group in groups}
     pictures: dict[str, bytes] = {}
+    seen: set[str | None] = set()
     try:
         with tarfile.open(path) as archive:
             for member in archive:
@@ -50,12 +51,16 @@ def read_emoji(path: str | Path, groups: Sequence[str] = GROUPS) -> dict[str, li
                     pictures[key] = file.read()
                 elif kind == "json" and key in pictures:
                     group = json.loads(file.read()).get("group")
+                    seen.add(group)
                     if group in found:
                         found[group].append(Image.open(io.BytesIO(pictures.pop(key))).convert("RGBA"))
     except tarfile.TarError as error:
         raise ValueError(f"{str(path)!r} is no tar of emoji ({error})") from error
     if empty := [group for group, images in found.items() if len(images) < _TEST_SHARE]:
-        raise ValueError(f"{str(path)!r} has fewer than {_TEST_SHARE} emoji of group {', '.join(empty)}")
+        raise ValueError(
+            f"{str(path)!r} has fewer than {_TEST_SHARE} emoji of group {', '.join(empty)}; its groups are "
+            f"{', '.join(sorted(map(str, seen))) or 'none'}"
+        )
     return found
 
 

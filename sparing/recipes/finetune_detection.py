@@ -6,7 +6,8 @@
 
 ``--data``: COCO json, the Penn-Fudan layout or its zip, ``torchvision/VOCDetection@ROOT``
 (``sparing.recipes.detection_data``). ``--twin METHOD --knobs JSON`` makes a twin of the backbone;
-``--backbone_weights DIR_OR_FILE`` starts it from weights trained elsewhere. A run that was stopped goes on when the
+``--backbone_weights DIR_OR_FILE`` starts it from weights trained elsewhere, ``--start DIR`` the whole detector from
+another run of this recipe. A run that was stopped goes on when the
 same command is given again; several processes: ``accelerate launch -m sparing.recipes.finetune_detection``. The
 folder ``--out`` then holds the detector (``sparing detect --weights OUT``) and metrics.json.
 """
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 import sparing
 from sparing.recipes.detection_data import DetectionBatches, open_detection
 from sparing.training import FitSettings, fit, write_json
-from sparing.vision.detection import DETECTORS, DetectorConfig, build_detector, save_detector
+from sparing.vision.detection import DETECTORS, DetectorConfig, build_detector, load_detector, save_detector
 
 __all__ = ["finetune_detection", "mean_average_precision"]
 
@@ -38,6 +39,7 @@ def finetune_detection(
     out: str | Path,
     fit_settings: FitSettings | None = None,
     backbone: nn.Module | None = None,
+    start: str | Path | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Fine-tune the detector of ``config`` on ``data`` and write it to ``out``.
@@ -48,13 +50,16 @@ def finetune_detection(
         out: folder for the detector, metrics.json and, until the end, the checkpoint.
         fit_settings: duration, rates, seed.
         backbone: a live host or twin instead of the one that ``config`` names.
+        start: folder of a trained detector to begin from: pyramid and heads, and without ``backbone`` the backbone
+            too. Predictors for another number of classes, and whatever else has another shape, begin afresh.
         on_step: called with the number of optimizer steps done.
 
     Returns:
         What metrics.json holds: settings, history, mAP on the held-out split.
 
     Raises:
-        ValueError: masks are needed and the data has none, or other classes than the config's.
+        ValueError: masks are needed and the data has none, other classes than the config's, or a ``start`` of which
+            nothing fits.
     """
     fit_settings, out = fit_settings or FitSettings(epochs=12, batch_size=2, lr=1e-4), Path(out)
     training, testing = open_detection(data, split="train"), open_detection(data, split="test")
@@ -65,6 +70,8 @@ def finetune_detection(
     started = time.perf_counter()
     torch.manual_seed(fit_settings.seed)  # initial weights of the heads
     model = build_detector(config, backbone)
+    if start is not None:
+        _begin_from(model, start, but=("backbone.body.",) if backbone is not None else ())
     held_out = DetectionBatches(testing)
 
     def loss_of(module: nn.Module, batch: Any) -> Tensor:
@@ -94,6 +101,19 @@ def finetune_detection(
         write_json(out / "metrics.json", metrics)
         (out / "checkpoint.pt").unlink(missing_ok=True)
     return metrics
+
+
+def _begin_from(model: nn.Module, folder: str | Path, *, but: tuple[str, ...]) -> None:
+    """Copy the tensors of the detector in ``folder`` that fit ``model``, but for names under ``but``."""
+    own = model.state_dict()
+    found = {
+        name: value
+        for name, value in load_detector(folder).state_dict().items()
+        if name in own and own[name].shape == value.shape and not name.startswith(but)
+    }
+    if not found:
+        raise ValueError(f"nothing of the detector in {str(folder)!r} fits: no tensor has the same name and shape")
+    model.load_state_dict(found, strict=False)
 
 
 @torch.inference_mode()
@@ -147,6 +167,9 @@ class Arguments:
     out_channels: int = field(default=256, metadata={"help": "width of the pyramid"})
     min_size: int = field(default=800, metadata={"help": "shorter side in pixels that images are resized to"})
     max_size: int = field(default=1333, metadata={"help": "longest side in pixels after that"})
+    mask_channels: int = field(default=256, metadata={"help": "width of the mask head"})
+    detector_arguments: str = field(default="{}", metadata={"help": "keywords of torchvision's class, as JSON"})
+    start: str = field(default="", metadata={"help": "folder of a trained detector to begin from"})
 
 
 def _backbone_with_weights(wanted: Arguments, config: DetectorConfig) -> nn.Module | None:
@@ -179,10 +202,19 @@ def main(arguments: list[str] | None = None) -> int:
             out_channels=wanted.out_channels,
             min_size=wanted.min_size,
             max_size=wanted.max_size,
+            mask_channels=wanted.mask_channels,
+            detector_arguments=json.loads(wanted.detector_arguments),
         )
         torch.manual_seed(fit_settings.seed)
         backbone = _backbone_with_weights(wanted, config)
-        metrics = finetune_detection(config, wanted.data, out=wanted.out, fit_settings=fit_settings, backbone=backbone)
+        metrics = finetune_detection(
+            config,
+            wanted.data,
+            out=wanted.out,
+            fit_settings=fit_settings,
+            backbone=backbone,
+            start=wanted.start or None,
+        )
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ first. A detector is described by a :class:`DetectorConfig`, which is saved with
 """
 
 import copy
+import inspect
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
@@ -40,6 +42,13 @@ __all__ = [
 
 DETECTORS = {"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "retinanet": RetinaNet, "fcos": FCOS}
 _ONE_STAGE = ("retinanet", "fcos")
+_TORCHVISION_MASK_CHANNELS = 256
+# what other fields of a DetectorConfig set, and modules, which are no JSON values
+_NOT_ARGUMENTS = {
+    "self", "backbone", "num_classes", "kwargs", "min_size", "max_size", "head", "anchor_generator", "proposal_matcher",
+    "rpn_anchor_generator", "rpn_head", "box_roi_pool", "box_head", "box_predictor", "mask_roi_pool", "mask_head",
+    "mask_predictor",
+}  # fmt: skip
 
 
 class PyramidBackbone(nn.Module):
@@ -201,6 +210,9 @@ class DetectorConfig:
         backbone: a name for ``sparing.create_model``; backbone_arguments: its keywords.
         twin: a method to make a twin of that backbone by, or None; knobs: its keywords.
         min_size, max_size: shorter and longest side in pixels that images are resized to.
+        mask_channels: width of the mask head of 'mask_rcnn' (torchvision's own: 256).
+        detector_arguments: further keywords of torchvision's class that are JSON values, e.g.
+            ``{"box_batch_size_per_image": 64}``.
     """
 
     classes: Sequence[str]
@@ -212,16 +224,32 @@ class DetectorConfig:
     out_channels: int = 256
     min_size: int = 800
     max_size: int = 1333
+    mask_channels: int = _TORCHVISION_MASK_CHANNELS
+    detector_arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.detector not in DETECTORS:
             raise ValueError(f"detector={self.detector!r}, accepted are {', '.join(map(repr, DETECTORS))}")
         if self.detector == "fcos" and self.out_channels % 32:
             raise ValueError(f"out_channels={self.out_channels}: FCOS normalises groups of 32 channels")
+        accepted = _keywords(self.detector)
+        if unknown := sorted(set(self.detector_arguments) - accepted):  # torchvision ignores them
+            said = f"none of torchvision's {DETECTORS[self.detector].__name__}"
+            raise ValueError(
+                f"detector_arguments {', '.join(unknown)} are {said}: it takes {', '.join(sorted(accepted))}"
+            )
+        if self.mask_channels < 1:
+            raise ValueError(f"mask_channels={self.mask_channels}, at least 1 is needed")
         if not self.classes:
             raise ValueError("a detector needs the names of its classes, got none")
         if not 32 <= self.min_size <= self.max_size:
             raise ValueError(f"sizes must satisfy 32 <= min_size <= max_size, got {self.min_size} and {self.max_size}")
+
+
+def _keywords(detector: str) -> set[str]:
+    """Keywords of a detector's class that ``detector_arguments`` may set."""
+    classes = (DETECTORS[detector], *([FasterRCNN] if detector == "mask_rcnn" else []))
+    return {name for kind in classes for name in inspect.signature(kind.__init__).parameters} - _NOT_ARGUMENTS
 
 
 def build_detector(config: DetectorConfig, backbone: nn.Module | None = None) -> nn.Module:
@@ -242,8 +270,12 @@ def build_detector(config: DetectorConfig, backbone: nn.Module | None = None) ->
         levels=(1, 2, 3) if one_stage else (0, 1, 2, 3),
         extra="p6p7" if one_stage else "pool",
     )
-    arguments: dict[str, Any] = {"min_size": config.min_size, "max_size": config.max_size}
-    model: nn.Module = DETECTORS[config.detector](body, num_classes=len(config.classes) + 1, **arguments)
+    num_classes = len(config.classes) + 1
+    arguments: dict[str, Any] = {"min_size": config.min_size, "max_size": config.max_size, **config.detector_arguments}
+    model: nn.Module = DETECTORS[config.detector](body, num_classes=num_classes, **arguments)
+    if config.detector == "mask_rcnn" and (width := config.mask_channels) != _TORCHVISION_MASK_CHANNELS:
+        model.roi_heads.mask_head = MaskRCNNHeads(config.out_channels, (width,) * 4, 1)
+        model.roi_heads.mask_predictor = MaskRCNNPredictor(width, width, num_classes)
     model.config = config  # type: ignore[assignment]
     return model
 

@@ -57,14 +57,21 @@ class AxisCells:
         return (positions >= 0) & (positions < self.size)
 
 
-def axis_cells(size: int, count: int) -> AxisCells:
-    """The cells of one axis.
+def axis_cells(size: int, count: int, *, cell: int | None = None, pad: int | None = None) -> AxisCells:
+    """The cells of one axis; ``cell`` and ``pad`` (before the first token) instead of those of the module's rule.
 
     Raises:
-        ValueError: ``count`` is below 1 or above ``size``.
+        ValueError: ``count`` is below 1 or above ``size``, or cells that leave tokens out or hold padding only.
     """
     if not 1 <= count <= size:
         raise ValueError(f"{count} centers do not fit an axis of {size} tokens; from 1 to {size} do")
+    if cell is not None and pad is not None:
+        if not (0 <= pad < cell and 0 <= count * cell - size - pad < cell):
+            raise ValueError(
+                f"{count} cells of {cell} with {pad} padded before do not cut {size} tokens: every token must lie in a "
+                "cell and every cell must hold one"
+            )
+        return AxisCells(size, count, cell, pad)
     cell = math.ceil(size / count)
     before = (count * cell - size) // 2
     after = count * cell - size - before
@@ -111,6 +118,8 @@ class WeightedPooling(nn.Module):
         super().__init__()
         self.centers = centers
         self.mask_value = mask_value
+        self.cell: Grid | None = None  # sides of a cell and the padding before the first, to replace the module's rule
+        self.pad: Grid | None = None
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
         self.act = nn.GELU()
@@ -132,7 +141,11 @@ class WeightedPooling(nn.Module):
 
     def pool(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Centers (batch, s_h * s_w, dim) and the weights (batch, s_h * s_w, positions of the cell in raster order)."""
-        rows, columns = (axis_cells(size, count) for size, count in zip(grid, self.centers))
+        unset = (None, None)
+        rows, columns = (
+            axis_cells(size, count, cell=cell, pad=pad)
+            for size, count, cell, pad in zip(grid, self.centers, self.cell or unset, self.pad or unset)
+        )
         cells = rearrange(cut_cells(tokens, rows, columns), "b sh ch sw cw c -> (b sh sw) ch cw c")
         logits = self.conv(rearrange(cells, "n ch cw c -> n c ch cw"))
         logits = self.logit(self.act(self.norm(rearrange(logits, "n c ch cw -> n (ch cw) c"))))

@@ -103,7 +103,7 @@ class SemanticTokenViT(Twin, VisionTransformer):
                 f"base_depth {base} + generation_depth {generation_depth} leaves no semantic layer of the "
                 f"host's {depth}; base_depth >= 0, generation_depth >= 1 and a sum below {depth} are accepted"
             )
-        if centers is None and not (0 <= base < depth and generation_depth >= 1):
+        if centers is None and not (base >= 0 and generation_depth >= 1 and base + generation_depth < max(depth, 4)):
             raise ValueError(
                 f"base_depth {base} and generation_depth {generation_depth} do not fit the host's {depth} layers, even "
                 "where num_tokens='all' leaves them without effect"

@@ -279,11 +279,14 @@ class STViTR(Twin, nn.Module):
         like = next(host.parameters())
         config.update(num_classes=host.num_classes, drop_rate=host.head.drop.p, device=like.device, dtype=like.dtype)
         twin = cls(**{**config, **knobs})
-        twin._copy_host(swin_host_weights(host))  # type: ignore[arg-type]
+        twin.load_host_weights(swin_host_weights(host))  # type: ignore[arg-type]
         twin.pretrained_cfg = twin.default_cfg = getattr(host, "pretrained_cfg", None) or twin.pretrained_cfg
         return twin.train(host.training)
 
-    def _copy_host(self, weights: dict[str, Tensor]) -> None:
+    def load_host_weights(self, weights: dict[str, Tensor]) -> None:
+        """Copy the weights of a host under our names: of :func:`~sparing.vision.swin.swin_host_weights`, or the state
+        dict of a twin with ``sample_window_size='all'``. What the host lacks keeps its values.
+        """
         own = self.state_dict()
         given: dict[str, Tensor] = {}
         for name, value in weights.items():

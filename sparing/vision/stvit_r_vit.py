@@ -51,10 +51,11 @@ class DumbbellViT(Twin, VisionTransformer):
     Made by ``from_host``. The constructor takes the host over as it is (no copy).
 
     Args:
-        host: a timm ``VisionTransformer`` whose depth is a multiple of 6.
+        host: a timm ``VisionTransformer`` of at least 6 layers.
         num_tokens: semantic tokens: a square number, (rows, columns), None for round(4 * grid / 14) a side, or 'all'
             for the host's own computation.
         pooling: first centers of every unit: 'weighted', 'avg' or 'max'.
+        base_depth: leading layers that stay the host's own; the layers behind them must be whole units.
 
     Raises:
         ValueError: numbers that do not fit the host; they are named.
@@ -63,13 +64,15 @@ class DumbbellViT(Twin, VisionTransformer):
     method: ClassVar[str] = "stvit_r_vit"
     training: ClassVar[Literal["none", "required"]] = "required"  # type: ignore[misc,assignment]
 
-    def __init__(self, host: VisionTransformer, *, num_tokens: NumTokens = None, pooling: str = "weighted") -> None:
+    def __init__(
+        self, host: VisionTransformer, *, num_tokens: NumTokens = None, pooling: str = "weighted", base_depth: int = 0
+    ) -> None:
         check_vit(host, method=self.method)
         centers = None if num_tokens == "all" else center_grid(num_tokens, host.patch_embed.grid_size)
         if pooling not in POOLINGS:
             raise ValueError(f"pooling {pooling!r} is unknown; {', '.join(POOLINGS)} are accepted")
-        if centers is not None and len(host.blocks) % BLOCKS_PER_UNIT:
-            raise ValueError(_depth_reason(host))
+        if centers is not None and (reason := _depth_reason(host, base_depth)):
+            raise ValueError(reason)
         if centers is not None and isinstance(host.patch_drop, PatchDropout) and host.patch_drop.prob > 0:
             raise ValueError(
                 f"{model_name(host)} drops patches in training (patch_drop_rate {host.patch_drop.prob}); centers are "
@@ -77,16 +80,20 @@ class DumbbellViT(Twin, VisionTransformer):
             )
         adopt(self, host)
         self.status: Status = "exact" if centers is None else "converted, not trained"
-        self.semantic_grid = centers
+        self.semantic_grid, self.base_depth = centers, base_depth
         self.host_name = model_name(host)
         config = getattr(host, "pretrained_cfg", None) or {}
         self.license = {"code": "apache-2.0", "weights": config.get("license"), "data": None}
-        self._knobs = {"num_tokens": "all" if centers is None else list(centers), "pooling": pooling}
+        self._knobs = {
+            "num_tokens": "all" if centers is None else list(centers),
+            "pooling": pooling,
+            "base_depth": base_depth,
+        }
         self.center_pooling: nn.ModuleList | None = None
         self.global_centers: nn.Parameter | None = None
         if centers is not None:
             place = {"device": self.patch_embed.proj.weight.device, "dtype": self.patch_embed.proj.weight.dtype}
-            units = len(self.blocks) // BLOCKS_PER_UNIT
+            units = (len(self.blocks) - base_depth) // BLOCKS_PER_UNIT
             poolings = [make_pooling(pooling, self.embed_dim, centers).to(**place) for _ in range(units)]
             self.center_pooling = nn.ModuleList(poolings).train(self.training)
             self.global_centers = nn.Parameter(torch.empty(1, centers[0] * centers[1], self.embed_dim, **place))
@@ -107,7 +114,8 @@ class DumbbellViT(Twin, VisionTransformer):
             check_vit(host, method=cls.method)
         except (TypeError, NotImplementedError) as reason:
             return [str(reason)]
-        return [_depth_reason(host)] if len(host.blocks) % BLOCKS_PER_UNIT else []  # type: ignore[arg-type]
+        depth = len(host.blocks)  # type: ignore[arg-type]
+        return [f"{model_name(host)} has {depth} blocks, a dumbbell unit takes six"] if depth < BLOCKS_PER_UNIT else []
 
     @property
     def knobs(self) -> dict[str, Any]:
@@ -172,7 +180,11 @@ class DumbbellViT(Twin, VisionTransformer):
         )
 
     def _is_full(self, index: int) -> bool:
-        return self.semantic_grid is None or index % BLOCKS_PER_UNIT in (0, BLOCKS_PER_UNIT - 1)
+        return self.semantic_grid is None or self._role(index) in (0, BLOCKS_PER_UNIT - 1)
+
+    def _role(self, index: int) -> int:
+        """Place of a layer in its unit; 0, the host's own, before the first unit."""
+        return max(0, index - self.base_depth) % BLOCKS_PER_UNIT
 
     def _blocks(
         self, image: Tensor, grid: tuple[int, int], *, take: Iterable[int] = (), stop: int | None = None
@@ -185,16 +197,16 @@ class DumbbellViT(Twin, VisionTransformer):
             if stop is not None and index >= stop:
                 break
             run: Any = partial(cross_block, block)
-            role = index % BLOCKS_PER_UNIT
+            role = self._role(index)
             streams: tuple[Tensor, ...]
             if self.semantic_grid is None or role == 0:
                 run, streams = block, (image,)
             elif role == 1:
                 assert self.center_pooling is not None
-                pooling = self.center_pooling[index // BLOCKS_PER_UNIT]
+                pooling = self.center_pooling[(index - self.base_depth) // BLOCKS_PER_UNIT]
                 streams = (pooling(image[:, prefix:], grid), image)
             elif role == 2:
-                query = semantic + self.global_centers if index == 2 else semantic
+                query = semantic + self.global_centers if index == self.base_depth + 2 else semantic
                 streams = (query, torch.cat([semantic, image], dim=1))
             elif role == BLOCKS_PER_UNIT - 1:
                 streams = (image, semantic)
@@ -231,7 +243,8 @@ class DumbbellViT(Twin, VisionTransformer):
         """timm's: cut the blocks behind the last one taken."""
         take: list[int] = super().prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
         if self.center_pooling is not None:
-            self.center_pooling = self.center_pooling[: -(-(len(self.blocks) - 1) // BLOCKS_PER_UNIT)]
+            begun = max(0, len(self.blocks) - self.base_depth - 1)  # layers behind the first of the first unit
+            self.center_pooling = self.center_pooling[: -(-begun // BLOCKS_PER_UNIT)]
         return take
 
     def _update_feature_info(self) -> None:
@@ -257,8 +270,14 @@ def _twin_class(host: nn.Module) -> type[DumbbellViT]:
     return DumbbellViTDistilled if isinstance(host, VisionTransformerDistilled) else DumbbellViT
 
 
-def _depth_reason(host: VisionTransformer) -> str:
+def _depth_reason(host: VisionTransformer, base_depth: int) -> str:
+    """Why the layers of a host behind ``base_depth`` cannot be cut into units; empty when they can."""
+    depth = len(host.blocks)
+    if 0 <= base_depth < depth and (depth - base_depth) % BLOCKS_PER_UNIT == 0:
+        return ""
+    rest = depth % BLOCKS_PER_UNIT
+    fits = f", e.g. base_depth={rest}" if depth > BLOCKS_PER_UNIT and rest else ""
     return (
-        f"{model_name(host)} has {len(host.blocks)} blocks; a dumbbell unit takes six, so the depth must be a multiple "
-        f"of {BLOCKS_PER_UNIT}"
+        f"{model_name(host)} has {depth} blocks; a dumbbell unit takes six, so the depth behind "
+        f"base_depth={base_depth} must be a multiple of {BLOCKS_PER_UNIT}{fits}"
     )

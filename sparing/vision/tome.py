@@ -48,7 +48,7 @@ class TokenMerge(NamedTuple):
     """One matching of T tokens: which A tokens stay, which merge, and into which B token.
 
     kept (batch, a - r) and merged (batch, r) index set A, target (batch, r) set B; ``tokens`` is T, ``protected`` the
-    number of prefix tokens, which stay in front in their order. Output order: prefix tokens, kept A tokens, B tokens.
+    number of leading tokens that stay in front in their order. Output order: those, kept A tokens, B tokens.
     """
 
     kept: Tensor
@@ -108,31 +108,33 @@ class TokenMerge(NamedTuple):
         return torch.cat([*prefix, a[:, in_a:], b[:, in_b:]], dim=1)
 
 
-def match_tokens(metric: Tensor, r: int, *, protected: int = 0) -> TokenMerge | None:
+def match_tokens(metric: Tensor, r: int, *, protected: int = 0, first_is_free: bool = False) -> TokenMerge | None:
     """Bipartite soft matching (paper section 3).
 
     Args:
         metric: (batch, T, C); the cosine between rows is the similarity, in float32.
         r: tokens to merge away, capped at half of those that may merge.
         protected: leading tokens that never merge.
+        first_is_free: the first of them may merge after all: in the published code a distillation token without a
+            class token is still the second token, and the first is one of the image's.
 
     Returns:
         The matching, or None when nothing is to be merged.
     """
     tokens = metric.shape[1]
-    r = min(r, (tokens - protected) // 2)
+    r = min(r, (tokens - protected + first_is_free) // 2)
     if r <= 0:
         return None
     metric = metric.detach().float()
     metric = metric / metric.norm(dim=-1, keepdim=True)
     scores = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
     in_a, in_b = (protected + 1) // 2, protected // 2
-    scores[:, :in_a] = float("-inf")
+    scores[:, int(first_is_free) : in_a] = float("-inf")
     scores[:, :, :in_b] = float("-inf")
     best, partner = scores.max(dim=-1)
     order = best.argsort(dim=-1, descending=True)
     merged, kept = order[:, :r], order[:, r:]
-    if protected:  # -inf rows must lead again
+    if protected and not first_is_free:  # -inf rows must lead again
         kept = kept.sort(dim=-1).values
     return TokenMerge(kept, merged, partner.gather(1, merged), tokens, protected)
 
@@ -142,12 +144,13 @@ def merge_schedule(r: Rate, depth: int) -> list[int]:
 
     Args:
         r: the same number everywhere; a list, one a block (blocks behind its end merge nothing); or a tuple (r,
-            inflection): linear from ``int(r * (1 - inflection))`` in the first block to ``2 r`` minus that in the last,
-            so that inflection -1 merges late tokens least, +1 most.
+            inflection as a float): linear from ``int(r * (1 - inflection))`` in the first block to ``2 r`` minus that
+            in the last, so that inflection -1 merges late tokens least, +1 most.
         depth: number of blocks.
 
     Raises:
-        ValueError: a negative number, a list that is longer than ``depth``, or an inflection outside [-1, 1].
+        ValueError: a negative number, a list that is longer than ``depth``, an inflection outside [-1, 1], or a tuple
+            of two ints, which reads two ways.
     """
     if isinstance(r, int) and not isinstance(r, bool):
         rates = [r] * depth
@@ -158,7 +161,7 @@ def merge_schedule(r: Rate, depth: int) -> list[int]:
         first = int(rate * (1 - inflection))
         step = (2 * rate - 2 * first) / max(depth - 1, 1)
         rates = [int(first + step * i) for i in range(depth)]
-    elif isinstance(r, tuple) and len(r) == 2 != depth and all(isinstance(n, int) for n in r):
+    elif isinstance(r, tuple) and len(r) == 2 and all(isinstance(n, int) for n in r):
         raise ValueError(
             f"r {r!r} reads two ways: write ({r[0]}, {float(r[1])}) for a rate and its inflection, or "
             f"[{r[0]}, {r[1]}] for the first two blocks"

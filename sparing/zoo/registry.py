@@ -215,7 +215,8 @@ def _build_pretrained(function: Callable[..., Any], name: str, kwargs: dict[str,
     from sparing.zoo import weights
 
     full_name = name if "." in name else next((tagged for tagged in _tagged(name) if MODELS[tagged].source), name)
-    path = weights.locate(full_name, find_entry(full_name).source)
+    entry = find_entry(full_name)
+    path = weights.locate(full_name, entry.source, notes=entry.notes)
     model = function(pretrained=False, **kwargs)
     weights.load_checkpoint(model, path, filter_fn=_checkpoint_filter(full_name))
     if getattr(model, "status", None) == "converted, not trained":

@@ -182,6 +182,10 @@ for _column, _method in enumerate(("stvit", "tome")):
         )
 
 # -- vision: STViT-R on Swin. Published files load by name; none of them could be loaded here.
+_STVIT_R_FILES = (
+    "the published files, csncsn/STViT-R on the hub, are not fetched: download one and load it with "
+    "sparing.vision.stvit_r.load_reference(model, FILE)"
+)
 _add(
     "sparing.vision.stvit_r",
     "image-classification",
@@ -191,14 +195,14 @@ _add(
             "host": f"timm/swin_{_size}_patch4_window7_224",
             "params": _params,
             "loader": _loader,
+            "notes": _notes,
         }
-        for _size, _params, _loader in (
-            ("tiny", 28_320_214, "untested"),
-            ("small", 49_625_518, "keys only"),
-            ("base", 87_812_336, "keys only"),
+        for _size, _params, _loader, _notes in (
+            ("tiny", 28_320_214, "untested", "no weights of this size were published"),
+            ("small", 49_625_518, "keys only", _STVIT_R_FILES),
+            ("base", 87_812_336, "keys only", _STVIT_R_FILES),
         )
     },
-    notes="published files (csncsn/STViT-R on the hub) load by sparing.vision.stvit_r.load_reference",
 )
 METHODS["stvit_r"] = "sparing.vision.stvit_r:STViTR"
 METHODS["stvit_r_vit"] = "sparing.vision.stvit_r_vit:DumbbellViT"

@@ -24,12 +24,13 @@ _WANTED = ("*.json", *_FILES, "diffusion_pytorch_model*.safetensors", "transform
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
-def locate(name: str, source: str | None) -> Path:
+def locate(name: str, source: str | None, *, notes: str = "") -> Path:
     """The local file with weights of ``name``, downloaded first when its source is the hub.
 
     Args:
         name: full name in the zoo, with its tag.
         source: the table's ``source``: ``'shipped'``, ``'hf:OWNER/REPO/FILE'`` or None.
+        notes: what the table says of other weights, for the message when there are none to fetch.
 
     Raises:
         ValueError: there are no weights of this very model.
@@ -37,8 +38,9 @@ def locate(name: str, source: str | None) -> Path:
     """
     if source is None:
         raise ValueError(
-            f"{name!r} has no weights of its own: create it with pretrained=False, load a file by checkpoint_path, "
-            "or start a twin from its host's weights with host_pretrained=True"
+            f"{name!r} has no weights of its own that could be fetched: create it with pretrained=False, load a file "
+            "by checkpoint_path, or start a twin from its host's weights with host_pretrained=True"
+            + (f" ({notes})" if notes else "")
         )
     if source == "shipped":
         path = SHIPPED / f"{name}.safetensors"

@@ -1,6 +1,8 @@
 """Detection recipes: scenes with true masks, data sets and their mistakes, training that resumes, drawn detections."""
 
+import io
 import json
+import tarfile
 import zipfile
 
 import numpy as np
@@ -33,9 +35,6 @@ def config(**changes):
 @pytest.fixture(scope="module")
 def emoji(tmp_path_factory):
     """A tar as the Noto emoji come: discs of one colour a group instead of pictures."""
-    import io
-    import tarfile
-
     path = tmp_path_factory.mktemp("emoji") / "discs.tar"
     with tarfile.open(path, "w") as archive:
         for number in range(10 * len(GROUPS)):
@@ -141,6 +140,80 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights_and_detect_draws(sce
     assert any((d != np.asarray(Image.open(p).convert("RGB"))).any() for d, p in zip(drawn, pictures))
 
 
+def test_a_run_begins_from_another_detector_but_for_what_has_another_shape(scenes, tmp_path):
+    settings = FitSettings(epochs=1, batch_size=2, lr=1e-3)
+    finetune_detection(config(), str(scenes), out=tmp_path / "first", fit_settings=settings)
+    folder = penn_fudan(tmp_path / "other")
+    still = FitSettings(epochs=1, batch_size=2, lr=0.0)  # so that what it begins from is what it ends with
+    pedestrians = config(classes=["pedestrian"])
+    first = load_detector(tmp_path / "first").state_dict()
+    torch.manual_seed(7)
+    body = build_detector(pedestrians).backbone.body
+    for name, backbone in (("whole", None), ("own_body", body)):
+        start = tmp_path / "first"
+        finetune_detection(
+            pedestrians, str(folder), out=tmp_path / name, fit_settings=still, backbone=backbone, start=start
+        )
+        second = load_detector(tmp_path / name).state_dict()
+        for key, value in second.items():
+            if first[key].shape != value.shape:
+                assert "predictor" in key
+            elif name == "own_body" and key.startswith("backbone.body."):
+                assert torch.equal(value, body.state_dict()[key.removeprefix("backbone.body.")]), key
+            else:
+                assert torch.equal(value, first[key]), key
+    small = DetectorConfig(classes=["pedestrian"], backbone="timm/resnet10t", detector="fcos", out_channels=32)
+    with pytest.raises(ValueError, match=r"nothing of the detector in .* fits"):
+        finetune_detection(small, str(folder), out=tmp_path / "no", fit_settings=still, start=tmp_path / "first")
+
+
+def voc(root, names=("000001", "000002"), image_set="train"):
+    """The layout of VOCdevkit as torchvision reads it (VOC2012)."""
+    base = root / "VOCdevkit" / "VOC2012"
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (base / folder).mkdir(parents=True, exist_ok=True)
+    objects = [("dog", (4, 6, 20, 30)), ("person", (10, 2, 38, 44))]
+    for name in names:
+        Image.new("RGB", (40, 48), (90, 90, 90)).save(base / "JPEGImages" / f"{name}.jpg")
+        boxes = "".join(
+            f"<object><name>{kind}</name><bndbox><xmin>{box[0]}</xmin><ymin>{box[1]}</ymin><xmax>{box[2]}</xmax>"
+            f"<ymax>{box[3]}</ymax></bndbox></object>"
+            for kind, box in objects
+        )
+        (base / "Annotations" / f"{name}.xml").write_text(
+            f"<annotation><filename>{name}.jpg</filename><size><width>40</width><height>48</height><depth>3</depth>"
+            f"</size>{boxes}</annotation>"
+        )
+    (base / "ImageSets" / "Main" / f"{image_set}.txt").write_text("\n".join(names) + "\n")
+    return root
+
+
+def test_voc_is_read_through_torchvision_with_its_own_splits(tmp_path):
+    voc(tmp_path)
+    voc(tmp_path, names=("000003",), image_set="val")
+    source = f"torchvision/VOCDetection@{tmp_path}"
+    train, test = open_detection(source, split="train"), open_detection(source, split="test")
+    assert (len(train), len(test), train.has_masks) == (2, 1, False)
+    image, target = train.sample(1)
+    assert (image.size, image.mode) == ((40, 48), "RGB")
+    assert target["boxes"].tolist() == [[4, 6, 20, 30], [10, 2, 38, 44]]
+    assert [train.classes[label - 1] for label in target["labels"]] == ["dog", "person"]
+    batch = next(DetectionBatches(train).batches(torch.arange(2), batch_size=2, epoch=0))
+    assert [sorted(labels) for labels in batch.labels] == [["boxes", "labels"]] * 2
+    with pytest.raises(FileNotFoundError, match=r"VOCDetection@.*not found"):
+        open_detection(f"torchvision/VOCDetection@{tmp_path / 'nowhere'}", split="train")
+
+
+def test_a_tar_with_other_groups_is_refused_with_those_it_has(tmp_path):
+    with tarfile.open(tmp_path / "other.tar", "w") as archive:
+        for name, content in (("a.png", b""), ("a.json", b'{"group": "symbols"}')):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(ValueError, match=r"fewer than 5 emoji of group smileys & emotion, .* its groups are symbols"):
+        emoji_scenes(tmp_path / "other.tar", tmp_path / "out", train=1, test=1, size=64)
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -211,7 +284,7 @@ def test_other_mistakes_are_named(tmp_path, scenes):
         open_detection(penn_fudan(tmp_path / "m", masks=("A1", "B9")), split="train")
     with pytest.raises(ValueError, match="is empty: 1 pictures with masks give no test samples"):
         open_detection(penn_fudan(tmp_path / "e", names=("A1",)), split="test")
-    with pytest.raises(ValueError, match="VOCDetection@ROOT is read"):
+    with pytest.raises(ValueError, match=r"VOCDetection@ROOT is read"):
         open_detection("torchvision/CIFAR10@x", split="train")
     with pytest.raises(ValueError, match=r"the detector's classes are \['x'\], the data's"):
         finetune_detection(config(classes=["x"]), str(scenes), out=tmp_path / "o")

@@ -2,6 +2,8 @@
 back.
 """
 
+import dataclasses
+
 import pytest
 import timm
 import torch
@@ -160,6 +162,25 @@ def test_models_without_full_maps_are_refused_with_the_reason(make, error, messa
 def test_configs_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         DetectorConfig(**{"classes": ["a"], "backbone": "b", **change})
+
+
+def test_widths_and_keywords_of_the_heads_are_those_of_the_config(tmp_path):
+    config = DetectorConfig(
+        classes=["a", "b"], backbone="timm/resnet10t", out_channels=16, min_size=64, max_size=64, mask_channels=8,
+        detector_arguments={"box_batch_size_per_image": 7, "box_detections_per_img": 3},
+    )  # fmt: skip
+    model = build_detector(config, timm_resnet := timm.create_model("resnet10t", num_classes=3)).eval()
+    assert timm_resnet.num_classes == 3
+    heads = model.roi_heads
+    assert [m.out_channels for m in heads.mask_head.modules() if isinstance(m, nn.Conv2d)] == [8] * 4
+    assert heads.mask_predictor.mask_fcn_logits.out_channels == 3
+    assert (heads.fg_bg_sampler.batch_size_per_image, heads.detections_per_img) == (7, 3)
+    back = load_detector(save_detector(model, tmp_path / "d"))
+    assert back.config == config
+    with pytest.raises(ValueError, match=r"detector_arguments min_size, wrong are none of torchvision's MaskRCNN: it"):
+        dataclasses.replace(config, detector_arguments={"wrong": 1, "box_nms_thresh": 0.5, "min_size": 32})
+    with pytest.raises(ValueError, match="mask_channels=0, at least 1"):
+        dataclasses.replace(config, mask_channels=0)
 
 
 def test_a_folder_that_holds_no_detector_is_named(tmp_path):

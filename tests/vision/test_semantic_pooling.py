@@ -22,6 +22,22 @@ def test_cells_are_padded_as_the_author_does(size, count, cell, before):
     assert cells.pad_after == count * cell - size - before
 
 
+def test_cells_given_in_numbers_replace_the_rule_and_must_hold_every_token():
+    pooling = WeightedPooling(DIM, (4, 4))
+    pooling.cell, pooling.pad = (5, 4), (2, 1)  # rows: 20 positions for 14 tokens, 2 padded before and 4 behind
+    tokens = tokens_for((14, 14))
+    centers, weights = pooling.pool(tokens, (14, 14))
+    assert weights.shape == (2, 16, 20)
+    rows = [slice(0, 3), slice(3, 8), slice(8, 13), slice(13, 14)]
+    columns = [slice(0, 3), slice(3, 7), slice(7, 11), slice(11, 14)]
+    grid = tokens.view(2, 14, 14, DIM)
+    expected = torch.stack([grid[:, r, c].mean((1, 2)) for r in rows for c in columns], 1)
+    torch.testing.assert_close(centers, expected, atol=1e-6, rtol=0)
+    for cell, pad in ((3, 0), (4, 4), (6, 0)):
+        with pytest.raises(ValueError, match=f"4 cells of {cell} with {pad} padded before do not cut 14 tokens"):
+            axis_cells(14, 4, cell=cell, pad=pad)
+
+
 @pytest.mark.parametrize(("size", "count"), [(16, 7), (14, 9), (14, 13), (18, 8)])
 def test_a_cell_that_would_be_empty_makes_adaptive_bins(size, count):
     cells = axis_cells(size, count)

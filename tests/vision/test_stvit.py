@@ -262,6 +262,17 @@ def test_knobs_that_do_not_fit_are_refused_with_their_numbers(knobs, message):
         SemanticTokenViT.from_host(small_host("deit"), **knobs)
 
 
+@pytest.mark.parametrize("knobs", [{"generation_depth": 99}, {"base_depth": 5, "generation_depth": 2}])
+def test_numbers_without_effect_are_refused_too_when_they_do_not_fit(knobs):
+    with pytest.raises(ValueError, match=r"do not fit the host's 6 layers, even where num_tokens='all'"):
+        SemanticTokenViT.from_host(small_host("deit", depth=6), num_tokens="all", **knobs)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 6])
+def test_all_tokens_can_be_kept_of_a_host_of_any_depth(depth):
+    assert SemanticTokenViT.from_host(small_host("deit", depth=depth), num_tokens="all").status == "exact"
+
+
 def test_images_that_do_not_fit_are_refused_with_their_numbers():
     twin = SemanticTokenViT.from_host(small_host("deit"), num_tokens=9)
     with pytest.raises(ValueError, match="fixed to images of 112x112, got 96x112"):

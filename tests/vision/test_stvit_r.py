@@ -376,15 +376,38 @@ def test_compiled_in_one_graph_equals_eager():
     torch.testing.assert_close(compiled, model(image), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("form", [{"dense": True}, {}], ids=str)
-@torch.no_grad()
-def test_exported_graphs_hold_aten_nodes_only_and_equal_eager(form):
+@pytest.mark.parametrize("form", [{"dense": True}, {}, {"dense": True, "window_blocks": "timm"}], ids=str)
+@pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "grad"])
+def test_exported_graphs_hold_aten_nodes_only_and_equal_eager(form, gradients):
     model = randomise(STViTR(**SMALL, **form))
     image = random(1, 3, 64, 96) if form else random(1, 3, 224, 224)
-    program = torch.export.export(model, (image,))
+    with torch.set_grad_enabled(gradients):
+        program = torch.export.export(model, (image,))
+        exported, eager = program.module()(image), model(image)
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert all(name.startswith(("aten.", "<built-in function getitem>")) for name in called), called
-    torch.testing.assert_close(program.module()(image), model(image), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(exported, eager, atol=1e-5, rtol=1e-5)
+    if gradients:
+        maps = list(exported) if form else [exported]
+        sum(m.square().mean() for m in maps).backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("form", [{"dense": True}, {}], ids=str)
+def test_onnx_export_is_equal_in_onnxruntime(form, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = randomise(STViTR(**SMALL, **form))
+    image = random(1, 3, 64, 96) if form else random(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.onnx.export(model, (image,), dynamo=True, verbose=False).save(tmp_path / "model.onnx")
+        eager = model(image)
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    found = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    expected = eager if form else [eager]
+    assert len(found) == len(expected)
+    for out, want in zip(found, expected):
+        torch.testing.assert_close(torch.from_numpy(out), want, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -415,6 +438,32 @@ def test_images_that_do_not_fit_are_refused_with_their_numbers():
         STViTR(**SMALL)(torch.zeros(1, 3, 256, 256))
     with pytest.raises(ValueError, match=r"36 global centres were built for another image size.*12x12"):
         STViTR(**SMALL, use_global=True)(torch.zeros(1, 3, 448, 448))
+
+
+@torch.no_grad()
+def test_weights_of_the_hosts_own_computation_load_into_the_twin():
+    host = swin_host()
+    whole = STViTR.from_host(host, dense=True, sample_window_size="all")
+    for level in range(4):  # trained since
+        getattr(whole, f"norm{level}").weight.normal_()
+    twin = STViTR.from_host(swin_host(), dense=True)
+    twin.load_host_weights(whole.state_dict())
+    expected = STViTR.from_host(host, dense=True)
+    for level in range(4):
+        getattr(expected, f"norm{level}").load_state_dict(getattr(whole, f"norm{level}").state_dict())
+    state = expected.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in twin.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("size", "where"), [("tiny", "no weights of this size were published"), ("small", "csncsn/STViT-R on the hub")]
+)
+@pytest.mark.parametrize("create", [sparing.create_model, timm.create_model], ids=["sparing", "timm"])
+def test_pretrained_says_why_there_are_no_weights_and_what_to_do(create, size, where):
+    with pytest.raises(ValueError, match=r"no weights of its own.*host_pretrained=True") as raised:
+        create(f"stvit_r_swin_{size}_patch4_window7_224", pretrained=True)
+    assert where in str(raised.value)
+    assert ("load_reference" in str(raised.value)) == (size == "small")
 
 
 def test_hosts_that_do_not_fit_are_refused_with_the_reason():

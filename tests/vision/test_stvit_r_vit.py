@@ -44,6 +44,27 @@ def test_a_unit_is_the_hosts_layers_with_other_streams():
 
 
 @torch.no_grad()
+def test_layers_before_base_depth_are_the_hosts_and_the_unit_stands_behind_them(tmp_path):
+    host, image = vit(depth=8), torch.rand(2, 3, 64, 64)
+    twin = DumbbellViT.from_host(host, num_tokens=16, base_depth=2)
+    twin.global_centers.normal_()
+    x = twin.embed(image)
+    for block in host.blocks[:3]:
+        x = block(x)
+    s = cross_block(host.blocks[3], twin.center_pooling[0](x[:, 1:], (8, 8)), x)
+    s = cross_block(host.blocks[4], s + twin.global_centers, torch.cat([s, x], 1))
+    s = host.blocks[6](host.blocks[5](s))
+    expected = host.norm(cross_block(host.blocks[7], x, s))
+    torch.testing.assert_close(twin.forward_features(image), expected, atol=1e-5, rtol=0)
+    maps = twin.forward_intermediates(image, intermediates_only=True)
+    assert [m.shape[-1] for m in maps] == [8, 8, 8, 4, 4, 4, 4, 8]
+    twin.save_pretrained(tmp_path / "t")
+    assert torch.equal(sparing.load(tmp_path / "t")(image), twin(image))
+    twin.prune_intermediate_layers([2])
+    assert len(twin.center_pooling) == 0
+
+
+@torch.no_grad()
 def test_intermediates_have_the_image_grid_outside_and_the_semantic_grid_inside_units():
     twin = DumbbellViT.from_host(vit(), num_tokens=(2, 3))
     image = torch.rand(1, 3, 64, 64)
@@ -72,7 +93,7 @@ def test_a_saved_twin_comes_back_without_its_host(tmp_path):
     twin.save_pretrained(tmp_path / "t")
     back, image = sparing.load(tmp_path / "t"), torch.rand(1, 3, 64, 64)
     assert torch.equal(back(image), twin(image))
-    assert back.knobs == {"num_tokens": [2, 2], "pooling": "max"}
+    assert back.knobs == {"num_tokens": [2, 2], "pooling": "max", "base_depth": 0}
 
 
 def test_checkpointed_and_plain_backward_give_equal_gradients():
@@ -91,7 +112,9 @@ def test_checkpointed_and_plain_backward_give_equal_gradients():
 def test_what_does_not_fit_is_refused_with_its_numbers():
     with pytest.raises(ValueError, match=r"8 blocks; a dumbbell unit takes six"):
         DumbbellViT.from_host(vit(depth=8))
-    assert "multiple of 6" in DumbbellViT.why_not(vit(depth=8))[0]
+    with pytest.raises(ValueError, match=r"behind base_depth=1 must be a multiple of 6, e.g. base_depth=2"):
+        DumbbellViT.from_host(vit(depth=8), base_depth=1)
+    assert "5 blocks, a dumbbell unit takes six" in DumbbellViT.why_not(vit(depth=5))[0]
     with pytest.raises(ValueError, match="7 is not a perfect square"):
         DumbbellViT.from_host(vit(), num_tokens=7)
     with pytest.raises(ValueError, match="9x9 semantic tokens do not fit a grid of 8x8"):

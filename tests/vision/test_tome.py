@@ -62,6 +62,26 @@ def test_matching_is_the_papers_for_any_number_of_prefix_tokens(tokens, protecte
     torch.testing.assert_close(merge.unmerge(merged)[:, :protected], x[:, :protected])
 
 
+def test_a_distillation_token_without_a_class_token_is_the_second_token_and_the_first_may_merge():
+    metric, x = draw(1, 11, 8, seed=4), draw(1, 11, 3, seed=1)
+    merged_first = set()
+    for r in range(1, 8):
+        merge = match_tokens(metric, r, protected=2, first_is_free=True)
+        count = min(r, 5)  # one token is protected: (11 - 1) // 2
+        cosine = F.normalize(metric[0].double(), dim=-1) @ F.normalize(metric[0].double(), dim=-1).T
+        cosine[:, 1] = float("-inf")
+        best = {i: max((cosine[i, j].item(), j) for j in range(1, 11, 2)) for i in range(0, 11, 2)}
+        order = sorted(best, key=lambda i: -best[i][0])
+        going, kept = order[:count], order[count:]
+        groups = {j: [j] + [i for i in going if best[i][1] == j] for j in range(1, 11, 2)}
+        expected = [[kept[0]], groups[1], *([i] for i in kept[1:]), *(groups[j] for j in range(3, 11, 2))]
+        merged, _ = merge.mean(x, torch.ones(1, 11, 1))
+        torch.testing.assert_close(merged[0], torch.stack([x[0, group].mean(0) for group in expected]))
+        assert groups[1] == [1]
+        merged_first.add(0 in going)
+    assert merged_first == {False, True}
+
+
 def test_similarity_is_float32_and_ignores_length():
     metric = draw(1, 20, 16)
     scaled = metric * torch.rand(1, 20, 1, generator=torch.Generator().manual_seed(3)).add(0.1) * 1e3
@@ -121,6 +141,13 @@ def test_schedules(r, rates):
 def test_schedules_that_cannot_be_are_refused(r, message):
     with pytest.raises(ValueError, match=message):
         merge_schedule(r, 5)
+
+
+def test_a_tuple_of_two_ints_reads_two_ways_for_two_blocks_too():
+    with pytest.raises(ValueError, match=r"write \(12, 1\.0\) for a rate"):
+        merge_schedule((12, 1), 2)
+    assert merge_schedule([12, 1], 2) == [12, 1]
+    assert merge_schedule((12, 1.0), 2) == [0, 24]
 
 
 @pytest.mark.parametrize("key", HOSTS)

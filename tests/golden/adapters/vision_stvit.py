@@ -79,6 +79,12 @@ def host_and_new_weights(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor],
     return host, new
 
 
+def _pair(value: int | list[int]) -> tuple[int, int]:
+    """(rows, columns) of an option that is one number or one an axis."""
+    first, second = (value, value) if isinstance(value, int) else value
+    return first, second
+
+
 def build(case: Case) -> dict[str, Tensor]:
     config = case.config
     weights, new = host_and_new_weights(case.weights)
@@ -109,10 +115,11 @@ def build(case: Case) -> dict[str, Tensor]:
         ), missing
         pooling.mask_value = config["pool_mask_value"]
         pooling.norm.eps = config["pool_norm_eps"]
+        pooling.cell, pooling.pad = _pair(config["pool_cell"]), _pair(config["pool_pad"])
     semantic_depth = len(twin.blocks) - twin.base_depth - twin.generation_depth
     assert config.get("semantic_depth", semantic_depth) == semantic_depth
     assert tuple(config.get("grid_size", twin.patch_embed.grid_size)) == tuple(twin.patch_embed.grid_size)
-    images = case.inputs["image_u8"]
+    images = described.image(case.inputs)
     with torch.no_grad():
         trace = twin.trace(images)
         normed = twin.norm(trace.tokens)

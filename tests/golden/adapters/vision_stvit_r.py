@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from golden.adapters import vision_described as described
 from golden.harness import Case, CaseFile, Expected
 from sparing.vision.stvit_r import STViTR, load_reference
 
@@ -23,7 +24,7 @@ def cases(case_file: CaseFile) -> Iterable[Case]:
         kind=spec["model"],
         config=spec["config"],
         weights={name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)},
-        inputs={entry["role"]: tensors[name] for name, entry in spec["inputs"].items()},
+        inputs=described.inputs(case_file),
         expected={
             name: Expected(tensors[name], atol=entry["atol"], rtol=entry["rtol"])
             for name, entry in spec["outputs"].items()
@@ -43,10 +44,6 @@ def _model(case: Case, **form: Any) -> STViTR:
     assert config["stem"] == "conv3x3_bn_hardswish_x2"
     arguments.update(scope=config["generation2_scope"], shortcut=config["shortcut"])
     return load_reference(STViTR(**arguments, **form), case.weights).eval()
-
-
-def _image(case: Case) -> Tensor:
-    return (case.inputs["image_u8"].float() - 127.5) / 58.0
 
 
 def _classifier(case: Case) -> dict[str, Tensor]:
@@ -72,7 +69,7 @@ def _backbone(case: Case) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _outputs(case: Case, model: STViTR) -> dict[str, Tensor]:
-    image = _image(case)
+    image = described.image(case.inputs)
     seen: dict[str, Tensor] = {}
 
     def keep(name: str):

@@ -28,13 +28,19 @@ def cases(case_file: CaseFile) -> Iterable[Case]:
 def build(case: Case) -> dict[str, Tensor]:
     x, metric = case.inputs["tokens"], case.inputs["metric"]
     batch, tokens, _ = x.shape
-    merge = match_tokens(metric, case.config["r"], protected=case.config["class_token"] + case.config["distill_token"])
+    class_token, distill_token = case.config["class_token"], case.config["distill_token"]
+    merge = match_tokens(
+        metric,
+        case.config["r"],
+        protected=2 if distill_token else int(class_token),  # a distillation token is the second, whatever the first is
+        first_is_free=distill_token and not class_token,
+    )
     if merge is None:
         assert case.config["r_effective"] == 0
         return _unchanged(case)
     assert merge.merged.shape[1] == case.config["r_effective"]
     merged, size = merge.mean(x, x.new_ones(batch, tokens, 1))
-    start = torch.arange(1, tokens + 1, dtype=x.dtype)[None, :, None].expand(batch, tokens, 1)
+    start = _start_sizes(case)
     merged_weighted, size_weighted = merge.mean(x, start)
     by_role = {
         "merged": merged,
@@ -47,13 +53,21 @@ def build(case: Case) -> dict[str, Tensor]:
     return {name: by_role[role] for name, (role, _) in case.options["roles"].items()}
 
 
+def _start_sizes(case: Case) -> Tensor:
+    """Sizes (batch, tokens, 1) before the weighted merge, described as ``FIRST..LAST``, one a token."""
+    x = case.inputs["tokens"]
+    first, last = (int(part) for part in case.config["start_sizes_weighted"].split(".."))
+    assert last - first + 1 == x.shape[1]
+    return torch.arange(first, last + 1, dtype=x.dtype)[None, :, None].expand(x.shape[0], -1, 1)
+
+
 def _unchanged(case: Case) -> dict[str, Tensor]:
     """Nothing merges: every token is its own group."""
     x = case.inputs["tokens"]
     batch, tokens, _ = x.shape
     sizes = {
         "size": x.new_ones(batch, tokens, 1),
-        "size_weighted": torch.arange(1, tokens + 1, dtype=x.dtype)[None, :, None].expand(batch, tokens, 1),
+        "size_weighted": _start_sizes(case),
         "source": torch.eye(tokens).expand(batch, tokens, tokens),
     }
     return {name: sizes.get(role, x) for name, (role, _) in case.options["roles"].items()}
