@@ -8,7 +8,9 @@ Nothing is downloaded: the start of both is one Mask R-CNN on a Swin backbone, t
 class predictors afresh. Both are fine-tuned on ``--data`` with every seed by the same settings. The host is the dense
 form with ordinary Swin blocks everywhere (``sample_window_size='all'``), so that both have a norm a level. Each run
 leaves a folder and resumes; the script can be stopped and given again. ``--cost`` measures FLOPs and seconds (on a
-quiet machine) instead. Writes JSON under benchmarks/results/. The comparison is the result, not the absolute AP.
+quiet machine) instead, ``--picture`` draws held-out scenes beside their true masks (docs/detected_scenes.png; the
+photographs are nobody's to publish). Writes JSON under benchmarks/results/. The comparison is the result, not the
+absolute AP.
 """
 
 import argparse
@@ -21,7 +23,12 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import make_grid
 
+import sparing
+from sparing.media.image import write_image
+from sparing.recipes.detect import draw
 from sparing.recipes.detection_data import DetectionBatches, open_detection
 from sparing.recipes.finetune_detection import finetune_detection
 from sparing.training import FitSettings, write_json
@@ -30,9 +37,12 @@ from sparing.vision.stvit_r import STViTR
 from sparing.zoo.compare import compare
 
 RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, PICTURE = DOCS / "results.md", DOCS / "detected_scenes.png"
 HOST = "timm/swin_small_patch4_window7_224"
 KNOBS: dict[str, dict[str, Any]] = {"host": {"dense": True, "sample_window_size": "all"}, "stvit_r": {"dense": True}}
-SCORES = ("box_ap", "box_ap50", "mask_ap", "mask_ap50")
+LABELS = {"host": "Swin (host)", "stvit_r": "STViT-R twin"}
+SCORES = {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP", "mask_ap50": "mask AP50"}
 
 
 def config_of(options: argparse.Namespace, classes: list[str], name: str) -> DetectorConfig:
@@ -93,20 +103,38 @@ def train(options: argparse.Namespace) -> None:
             folder, config = options.out / f"{name}_seed{seed}", config_of(options, classes, name)
             begin = {"backbone": body, "start": options.out / "start"}
             runs[name].append(run(config, options.data, folder, settings, **begin))
-    table = {name: {score: mean_and_deviation(found, score) for score in SCORES} for name, found in runs.items()}
-    for name, values in table.items():
-        print(f"{name:8s} " + "  ".join(f"{s} {v['mean']:.3f} ± {v['sd']:.3f}" for s, v in values.items()))
-    gains = {
-        score: [twin[score] - host[score] for host, twin in zip(runs["host"], runs["stvit_r"])] for score in SCORES
-    }
-    print("twin minus host, by seed: " + "  ".join(f"{s} {[round(v, 3) for v in gains[s]]}" for s in SCORES))
-    content = {"scores": table, "twin_minus_host": gains, "seeds": options.seeds, "runs": runs}
-    write_json(RESULTS / "detection_table.json", {**content, "date": str(datetime.date.today())})
+    write_json(RESULTS / "detection_table.json", {"runs": runs, "date": str(datetime.date.today())})
+    report(options, runs)
 
 
-def mean_and_deviation(found: list[dict[str, Any]], score: str) -> dict[str, float]:
-    values = [metrics[score] for metrics in found]
-    return {"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}
+def report(options: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """The table, printed and put into docs/results.md between its markers; GMACs are counted, not measured."""
+    lines = [
+        "| backbone | GMACs, 192 x 288 | GMACs, 640 x 640 | detector parameters | "
+        + " | ".join(f"{name}: mean ± sd (each seed)" for name in SCORES.values())
+        + " |",
+        "| --- | ---: | ---: | ---: | " + " | ".join("---" for _ in SCORES) + " |",
+    ]
+    for name, found in runs.items():
+        detector = load_detector(options.out / f"{name}_seed0")
+        sizes = ((192, 288), (640, 640))
+        costs = [sparing.profile(Backbone(detector), torch.rand(1, 3, *s), measure=False).macs for s in sizes]
+        cells = [f"{cost / 1e9:.3f}" for cost in costs] + [f"{sum(p.numel() for p in detector.parameters()):,}"]
+        for score in SCORES:
+            values = [metrics[score] for metrics in found]
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3f}{spread} ({', '.join(f'{v:.3f}' for v in values)})")
+        lines.append(f"| {LABELS[name]} | {' | '.join(cells)} |")
+    gaps = {score: [twin[score] - host[score] for host, twin in zip(runs["host"], runs["stvit_r"])] for score in SCORES}
+    said = "; ".join(
+        f"{SCORES[score]} {statistics.mean(values):+.3f} ({', '.join(f'{v:+.3f}' for v in values)})"
+        for score, values in gaps.items()
+    )
+    table = "\n".join([*lines, "", f"Twin minus host, mean (each seed): {said}."])
+    print(table)
+    before, begin, rest = PAGE.read_text().partition("<!-- detection: begin -->\n")
+    _, end, after = rest.partition("<!-- detection: end -->")
+    PAGE.write_text(f"{before}{begin}{table}\n{end}{after}")
 
 
 class Backbone(nn.Module):
@@ -150,6 +178,26 @@ def cost(options: argparse.Namespace) -> None:
         cost_of.to_json(RESULTS / f"detection_cost_{part}.json")
 
 
+@torch.inference_mode()
+def picture(options: argparse.Namespace) -> None:
+    """Held-out scenes: true boxes and masks above, what the start's detector finds with a score of 0.3 below."""
+    detector = load_detector(options.out / "start")
+    scenes = DetectionBatches(open_detection(options.scenes, split="test"))
+    names = ["", *(name.split()[0] for name in scenes.data.classes)]
+    rows: list[list[Tensor]] = [[], []]
+    for index in range(5):
+        image, target = scenes.load(index, None)
+        pixels = (image * 255).round().to(torch.uint8)
+        found = detector([image])[0]
+        found = {name: value[found["scores"] >= 0.3] for name, value in found.items()}
+        true = {**target, "masks": target["masks"][:, None].float(), "scores": torch.ones(len(target["labels"]))}
+        for row, result in zip(rows, (true, found)):
+            row.append(draw(pixels, result, [names[label] for label in result["labels"]]))
+    grid = make_grid(torch.stack([*rows[0], *rows[1]]), nrow=5, padding=4, pad_value=255)
+    write_image(to_pil_image(grid), PICTURE)
+    print(PICTURE)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", required=True, help="folder of sparing.recipes.emoji_scenes")
@@ -166,9 +214,10 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=192, help="shorter side of an image")
     parser.add_argument("--cost", action="store_true", help="measure FLOPs and seconds of what was trained")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--picture", action="store_true", help="draw scenes and what the start's detector finds")
     options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
-    cost(options) if options.cost else train(options)
+    (picture if options.picture else cost if options.cost else train)(options)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ both streams when they are kept. No source of STViT on a plain ViT was published
 are named where they happen.
 """
 
-import copy
 import math
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,24 +39,20 @@ from sparing.vision.vit_contracts import (
     take_indices,
 )
 from sparing.vision.vit_hosts import (
-    adopt,
-    build_vit,
     check_same_class,
     check_vit,
-    describe_vit,
     drop_prefix_tokens,
     model_name,
 )
-from sparing.zoo.twins import Status, Twin
+from sparing.vision.vit_twin import ViTTwin
+from sparing.zoo.twins import Status
 
 __all__ = ["NumTokens", "SemanticTokenViT", "SemanticTokenViTDistilled", "as_pair", "center_grid"]
 
 NumTokens = int | tuple[int, int] | Literal["all"] | None
-# Names of what the twin adds to its host's parameters.
-_OWN = ("center_pooling", "global_centers")
 
 
-class SemanticTokenViT(Twin, VisionTransformer):
+class SemanticTokenViT(ViTTwin):
     """STViT twin of a timm ViT; parameters keep timm's names, new ones are ``center_pooling.*`` and ``global_centers``.
 
     Made by ``from_host``. The constructor takes the host over as it is (no copy): its modules become the twin's.
@@ -78,6 +73,7 @@ class SemanticTokenViT(Twin, VisionTransformer):
 
     method: ClassVar[str] = "stvit"
     training: ClassVar[Literal["none", "required"]] = "required"  # type: ignore[misc,assignment]
+    own_parts: ClassVar[tuple[str, ...]] = ("center_pooling", "global_centers")
 
     def __init__(
         self,
@@ -113,7 +109,7 @@ class SemanticTokenViT(Twin, VisionTransformer):
                 f"{model_name(host)} drops patches in training (patch_drop_rate {host.patch_drop.prob}); semantic "
                 "tokens are pooled from the full grid: set host.patch_drop = nn.Identity()"
             )
-        adopt(self, host)
+        self.take_over(host)
         self.status: Status = "exact" if centers is None else "converted, not trained"
         self.semantic_grid = centers
         self.base_depth = depth if centers is None else base
@@ -126,9 +122,6 @@ class SemanticTokenViT(Twin, VisionTransformer):
             "keep_prefix": keep,
             "inter_window": inter_window,
         }
-        config = getattr(host, "pretrained_cfg", None) or {}
-        self.host_name = model_name(host)
-        self.license = {"code": "apache-2.0", "weights": config.get("license"), "data": None}
         if not keep and self.num_prefix_tokens:
             drop_prefix_tokens(self)
         self.center_pooling: nn.Module | None = None
@@ -144,38 +137,6 @@ class SemanticTokenViT(Twin, VisionTransformer):
 
     # --- The twin contract ---
 
-    @classmethod
-    def from_host(cls, host: nn.Module, **knobs: Any) -> Self:
-        """The twin of a live host, from a copy of its modules; ``knobs`` are the constructor's keywords.
-
-        Raises:
-            TypeError: the host is no timm ViT.
-            NotImplementedError: it is one of a kind that is not handled (block class and model are named).
-            ValueError: a knob does not fit the host.
-        """
-        check_vit(host, method="stvit")
-        return cls.taking_over(copy.deepcopy(host), **knobs)
-
-    @classmethod
-    def taking_over(cls, host: VisionTransformer, **knobs: Any) -> Self:
-        """As ``from_host``, without the copy: the twin's modules are the host's, which is of no use afterwards."""
-        twin_class = SemanticTokenViTDistilled if isinstance(host, VisionTransformerDistilled) else SemanticTokenViT
-        return twin_class(host, **knobs)  # type: ignore[return-value]
-
-    @classmethod
-    def why_not(cls, host: nn.Module) -> list[str]:
-        """Reasons why STViT does not apply to ``host``; empty when it does."""
-        try:
-            check_vit(host, method="stvit")
-        except (TypeError, NotImplementedError) as reason:
-            return [str(reason)]
-        return []
-
-    @property
-    def knobs(self) -> dict[str, Any]:
-        """The constructor's keywords with every default resolved."""
-        return dict(self._knobs)
-
     def twin_config(self) -> dict[str, Any]:
         """Knobs and the host's class and arguments.
 
@@ -188,20 +149,7 @@ class SemanticTokenViT(Twin, VisionTransformer):
                 f"pruned to {len(self.blocks)} blocks, this twin has no semantic layer behind its base of "
                 f"{self.base_depth} and generation of {self.generation_depth}: it runs, but cannot be saved"
             )
-        return {"knobs": self.knobs, "host": {"name": self.host_name, **describe_vit(self, own=_OWN)}}
-
-    @classmethod
-    def from_twin_config(cls, config: dict[str, Any]) -> Self:
-        """The architecture that ``twin_config`` described, with fresh weights."""
-        knobs = dict(config["knobs"])
-        if isinstance(knobs.get("num_tokens"), list):
-            knobs["num_tokens"] = tuple(knobs["num_tokens"])
-        host = build_vit(config["host"])
-        host.pretrained_cfg = host.default_cfg = dict(config.get("pretrained_cfg") or {})
-        twin = cls.taking_over(host, **knobs)
-        twin.license = config.get("license") or twin.license
-        twin.host_name = config["host"].get("name", twin.host_name)
-        return twin
+        return super().twin_config()
 
     def reset_semantic_parameters(self, *, from_scratch: bool = False) -> None:
         """Fresh pooling and global centers; the pooling starts as the plain mean unless ``from_scratch``."""
@@ -386,6 +334,9 @@ class SemanticTokenViT(Twin, VisionTransformer):
 
 class SemanticTokenViTDistilled(SemanticTokenViT, VisionTransformerDistilled):
     """The STViT twin of a distilled DeiT: its two heads read the class and the distillation token, which are kept."""
+
+
+SemanticTokenViT.distilled = SemanticTokenViTDistilled
 
 
 def as_pair(value: Any) -> tuple[int, int]:

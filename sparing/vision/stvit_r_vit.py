@@ -14,10 +14,9 @@ is ours. Six layers of the host make one unit and keep their weights:
 X holds image tokens and whatever prefix tokens the host has ``(batch, prefix + N, dim)``, S ``(batch, M, dim)``.
 """
 
-import copy
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from timm.layers import PatchDropout
@@ -37,15 +36,14 @@ from sparing.vision.vit_contracts import (
     refuse_masks,
     take_indices,
 )
-from sparing.vision.vit_hosts import adopt, build_vit, check_vit, describe_vit, model_name
-from sparing.zoo.twins import Status, Twin
+from sparing.vision.vit_hosts import check_vit, model_name
+from sparing.vision.vit_twin import ViTTwin
+from sparing.zoo.twins import Status
 
 __all__ = ["DumbbellViT", "DumbbellViTDistilled"]
 
-_OWN = ("center_pooling", "global_centers")
 
-
-class DumbbellViT(Twin, VisionTransformer):
+class DumbbellViT(ViTTwin):
     """STViT-R twin of a timm ViT; new parameters are ``center_pooling.UNIT.*`` and ``global_centers``.
 
     Made by ``from_host``. The constructor takes the host over as it is (no copy).
@@ -63,6 +61,7 @@ class DumbbellViT(Twin, VisionTransformer):
 
     method: ClassVar[str] = "stvit_r_vit"
     training: ClassVar[Literal["none", "required"]] = "required"  # type: ignore[misc,assignment]
+    own_parts: ClassVar[tuple[str, ...]] = ("center_pooling", "global_centers")
 
     def __init__(
         self, host: VisionTransformer, *, num_tokens: NumTokens = None, pooling: str = "weighted", base_depth: int = 0
@@ -71,6 +70,8 @@ class DumbbellViT(Twin, VisionTransformer):
         centers = None if num_tokens == "all" else center_grid(num_tokens, host.patch_embed.grid_size)
         if pooling not in POOLINGS:
             raise ValueError(f"pooling {pooling!r} is unknown; {', '.join(POOLINGS)} are accepted")
+        if not 0 <= base_depth < len(host.blocks):
+            raise ValueError(f"base_depth {base_depth}: {model_name(host)} has {len(host.blocks)} blocks")
         if centers is not None and (reason := _depth_reason(host, base_depth)):
             raise ValueError(reason)
         if centers is not None and isinstance(host.patch_drop, PatchDropout) and host.patch_drop.prob > 0:
@@ -78,12 +79,9 @@ class DumbbellViT(Twin, VisionTransformer):
                 f"{model_name(host)} drops patches in training (patch_drop_rate {host.patch_drop.prob}); centers are "
                 "pooled from the full grid: set host.patch_drop = nn.Identity()"
             )
-        adopt(self, host)
+        self.take_over(host)
         self.status: Status = "exact" if centers is None else "converted, not trained"
         self.semantic_grid, self.base_depth = centers, base_depth
-        self.host_name = model_name(host)
-        config = getattr(host, "pretrained_cfg", None) or {}
-        self.license = {"code": "apache-2.0", "weights": config.get("license"), "data": None}
         self._knobs = {
             "num_tokens": "all" if centers is None else list(centers),
             "pooling": pooling,
@@ -103,38 +101,11 @@ class DumbbellViT(Twin, VisionTransformer):
     # --- The twin contract ---
 
     @classmethod
-    def from_host(cls, host: nn.Module, **knobs: Any) -> Self:
-        """The twin of a live host, from a copy of its modules; raises as the constructor and ``check_vit`` do."""
-        check_vit(host, method=cls.method)
-        return _twin_class(host)(copy.deepcopy(host), **knobs)  # type: ignore[return-value]
-
-    @classmethod
     def why_not(cls, host: nn.Module) -> list[str]:
-        try:
-            check_vit(host, method=cls.method)
-        except (TypeError, NotImplementedError) as reason:
-            return [str(reason)]
+        if reasons := super().why_not(host):
+            return reasons
         depth = len(host.blocks)  # type: ignore[arg-type]
         return [f"{model_name(host)} has {depth} blocks, a dumbbell unit takes six"] if depth < BLOCKS_PER_UNIT else []
-
-    @property
-    def knobs(self) -> dict[str, Any]:
-        return dict(self._knobs)
-
-    def twin_config(self) -> dict[str, Any]:
-        return {"knobs": self.knobs, "host": {"name": self.host_name, **describe_vit(self, own=_OWN)}}
-
-    @classmethod
-    def from_twin_config(cls, config: dict[str, Any]) -> Self:
-        knobs = dict(config["knobs"])
-        if isinstance(knobs["num_tokens"], list):
-            knobs["num_tokens"] = tuple(knobs["num_tokens"])
-        host = build_vit(config["host"])
-        host.pretrained_cfg = host.default_cfg = dict(config.get("pretrained_cfg") or {})
-        twin = _twin_class(host)(host, **knobs)
-        twin.license = config.get("license") or twin.license
-        twin.host_name = config["host"].get("name", twin.host_name)
-        return twin  # type: ignore[return-value]
 
     # --- Forward ---
 
@@ -266,14 +237,13 @@ class DumbbellViTDistilled(DumbbellViT, VisionTransformerDistilled):
     """The STViT-R twin of a distilled DeiT."""
 
 
-def _twin_class(host: nn.Module) -> type[DumbbellViT]:
-    return DumbbellViTDistilled if isinstance(host, VisionTransformerDistilled) else DumbbellViT
+DumbbellViT.distilled = DumbbellViTDistilled
 
 
 def _depth_reason(host: VisionTransformer, base_depth: int) -> str:
     """Why the layers of a host behind ``base_depth`` cannot be cut into units; empty when they can."""
     depth = len(host.blocks)
-    if 0 <= base_depth < depth and (depth - base_depth) % BLOCKS_PER_UNIT == 0:
+    if (depth - base_depth) % BLOCKS_PER_UNIT == 0:
         return ""
     rest = depth % BLOCKS_PER_UNIT
     fits = f", e.g. base_depth={rest}" if depth > BLOCKS_PER_UNIT and rest else ""

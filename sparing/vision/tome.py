@@ -14,9 +14,8 @@ Shapes: tokens ``(batch, tokens, dim)``, sizes ``(batch, tokens, 1)``. All shape
 whatever the image.
 """
 
-import copy
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -33,8 +32,9 @@ from sparing.vision.vit_contracts import (
     refuse_masks,
     take_indices,
 )
-from sparing.vision.vit_hosts import adopt, build_vit, check_same_class, check_vit, describe_vit, model_name
-from sparing.zoo.twins import Status, Twin
+from sparing.vision.vit_hosts import check_same_class, check_vit
+from sparing.vision.vit_twin import ViTTwin
+from sparing.zoo.twins import Status
 
 __all__ = ["MergedTokens", "TokenMerge", "TokenMergingViT", "match_tokens", "merge_schedule"]
 
@@ -199,7 +199,7 @@ class MergedTokens(NamedTuple):
         return nn.functional.one_hot(self.destination, self.tokens.shape[1]).transpose(1, 2)
 
 
-class TokenMergingViT(Twin, VisionTransformer):
+class TokenMergingViT(ViTTwin):
     """ToMe twin of a timm ViT: the host's parameters under the host's names, nothing new, nothing to train.
 
     Made by ``from_host``. The constructor takes the host over as it is (no copy).
@@ -218,39 +218,9 @@ class TokenMergingViT(Twin, VisionTransformer):
         check_vit(host, method="tome")
         check_same_class(self, host)
         rates = merge_schedule(r, len(host.blocks))
-        adopt(self, host)
-        config = getattr(host, "pretrained_cfg", None) or {}
-        self.host_name = model_name(host)
-        self.license = {"code": "apache-2.0", "weights": config.get("license"), "data": None}
+        self.take_over(host)
         self.proportional_attention = proportional_attention
         self.rates = rates
-
-    @classmethod
-    def from_host(cls, host: nn.Module, **knobs: Any) -> Self:
-        """The twin of a live host, from a copy of its modules; ``knobs`` are the constructor's keywords.
-
-        Raises:
-            TypeError: the host is no timm ViT.
-            NotImplementedError: it is one of a kind that is not handled (block class and model are named).
-            ValueError: ``r`` does not fit the host.
-        """
-        check_vit(host, method="tome")
-        return cls.taking_over(copy.deepcopy(host), **knobs)
-
-    @classmethod
-    def taking_over(cls, host: VisionTransformer, **knobs: Any) -> Self:
-        """As ``from_host``, without the copy: the twin's modules are the host's, which is of no use afterwards."""
-        twin_class = TokenMergingViTDistilled if isinstance(host, VisionTransformerDistilled) else TokenMergingViT
-        return twin_class(host, **knobs)  # type: ignore[return-value]
-
-    @classmethod
-    def why_not(cls, host: nn.Module) -> list[str]:
-        """Reasons why ToMe does not apply to ``host``; empty when it does."""
-        try:
-            check_vit(host, method="tome")
-        except (TypeError, NotImplementedError) as reason:
-            return [str(reason)]
-        return []
 
     @property
     def rates(self) -> list[int]:
@@ -274,24 +244,6 @@ class TokenMergingViT(Twin, VisionTransformer):
     def knobs(self) -> dict[str, Any]:
         """The schedule, one number a block, and proportional attention."""
         return {"r": self.rates, "proportional_attention": self.proportional_attention}
-
-    def twin_config(self) -> dict[str, Any]:
-        """Knobs and the host's class and arguments.
-
-        Raises:
-            ValueError: the modules differ from what timm's constructor builds; the first difference is named.
-        """
-        return {"knobs": self.knobs, "host": {"name": self.host_name, **describe_vit(self)}}
-
-    @classmethod
-    def from_twin_config(cls, config: dict[str, Any]) -> Self:
-        """The architecture that ``twin_config`` described, with fresh weights."""
-        host = build_vit(config["host"])
-        host.pretrained_cfg = host.default_cfg = dict(config.get("pretrained_cfg") or {})
-        twin = cls.taking_over(host, **config["knobs"])
-        twin.license = config.get("license") or twin.license
-        twin.host_name = config["host"].get("name", twin.host_name)
-        return twin
 
     # --- Forward ---
 
@@ -384,6 +336,9 @@ class TokenMergingViT(Twin, VisionTransformer):
 
 class TokenMergingViTDistilled(TokenMergingViT, VisionTransformerDistilled):
     """The ToMe twin of a distilled DeiT; class and distillation token are both protected."""
+
+
+TokenMergingViT.distilled = TokenMergingViTDistilled
 
 
 def merging_block(

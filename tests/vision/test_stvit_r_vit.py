@@ -114,6 +114,8 @@ def test_what_does_not_fit_is_refused_with_its_numbers():
         DumbbellViT.from_host(vit(depth=8))
     with pytest.raises(ValueError, match=r"behind base_depth=1 must be a multiple of 6, e.g. base_depth=2"):
         DumbbellViT.from_host(vit(depth=8), base_depth=1)
+    with pytest.raises(ValueError, match=r"base_depth 12: .* has 12 blocks"):
+        DumbbellViT.from_host(vit(), num_tokens="all", base_depth=12)
     assert "5 blocks, a dumbbell unit takes six" in DumbbellViT.why_not(vit(depth=5))[0]
     with pytest.raises(ValueError, match="7 is not a perfect square"):
         DumbbellViT.from_host(vit(), num_tokens=7)
