@@ -37,10 +37,13 @@ _HOMES = {
     "Verifier": "base",
     "WeightedSum": "ensemble",
     "ZEnsemble": "ensemble",
+    "VERIFIERS": "names",
     "as_verifier": "base",
     "checked_scores": "base",
     "feature_statistics": "fid",
     "frechet_distance": "fid",
+    "make_verifier": "names",
+    "make_verifiers": "names",
 }
 
 __all__ = sorted(_HOMES)
