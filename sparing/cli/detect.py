@@ -23,6 +23,7 @@ def detect(
     from sparing.recipes.detect import report
     from sparing.vision.detection import load_detector
 
-    found, failures = detect_files(load_detector(weights, device=device), paths, out=out, threshold=threshold)
-    if code := report(found, failures, json_file=json_file):
+    detector = load_detector(weights, device=device)
+    found, failures = detect_files(detector, paths, out=out, threshold=threshold)
+    if code := report(found, failures, json_file=json_file, detector=detector):
         raise typer.Exit(code)

@@ -21,7 +21,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from sparing.media.image import find_images, read_image, write_image
 from sparing.training import progress
-from sparing.vision.detection import load_detector
+from sparing.vision.detection import backbone_twin, load_detector
 
 __all__ = ["Detection", "detect", "draw"]
 
@@ -111,16 +111,18 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return report(found, failures, json_file=wanted.json)
+    return report(found, failures, json_file=wanted.json, detector=detector)
 
 
-def report(found: Sequence[Detection], failures: Sequence[str], *, json_file: Path | None) -> int:
-    """Print what was found (or write it to ``json_file``) and what failed; the exit code."""
+def report(found: Sequence[Detection], failures: Sequence[str], *, json_file: Path | None, detector: nn.Module) -> int:
+    """Print what was found (also into ``json_file``), the status of a twin beneath, what failed; the exit code."""
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(item) for item in found], indent=2) + "\n")
     for item in found:
         objects = ", ".join(f"{name} {score:.2f}" for name, score in zip(item.classes, item.scores)) or "nothing"
         print(f"{item.path}: {objects}" + (f" -> {item.drawn}" if item.drawn else ""))
+    if (twin := backbone_twin(detector)) is not None:
+        print(f"backbone: {twin.method} twin, status: {twin.status}")
     for line in failures:
         print(f"error: {line}", file=sys.stderr)
     return 2 if failures else 0

@@ -27,7 +27,14 @@ from torch import Tensor, nn
 import sparing
 from sparing.recipes.detection_data import DetectionBatches, open_detection
 from sparing.training import FitSettings, fit, write_json
-from sparing.vision.detection import DETECTORS, DetectorConfig, build_detector, load_detector, save_detector
+from sparing.vision.detection import (
+    DETECTORS,
+    DetectorConfig,
+    backbone_twin,
+    build_detector,
+    load_detector,
+    save_detector,
+)
 
 __all__ = ["finetune_detection", "mean_average_precision"]
 
@@ -97,6 +104,8 @@ def finetune_detection(
     }
     if Accelerator().is_main_process:
         best.config = config  # type: ignore[assignment]
+        if (twin := backbone_twin(best)) is not None:
+            twin.status = "trained"
         save_detector(best, out)
         write_json(out / "metrics.json", metrics)
         (out / "checkpoint.pt").unlink(missing_ok=True)

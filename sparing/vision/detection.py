@@ -28,12 +28,14 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 import sparing
 from sparing.vision.simple_pyramid import SimplePyramid
 from sparing.vision.stvit_r import STViTR
+from sparing.zoo.twins import STATUSES, Twin
 from sparing.zoo.weights import fill, read_state
 
 __all__ = [
     "DETECTORS",
     "DetectorConfig",
     "PyramidBackbone",
+    "backbone_twin",
     "build_detector",
     "load_detector",
     "save_detector",
@@ -280,6 +282,12 @@ def build_detector(config: DetectorConfig, backbone: nn.Module | None = None) ->
     return model
 
 
+def backbone_twin(detector: nn.Module) -> Twin | None:
+    """The twin beneath a detector of :func:`build_detector`, with its ``status``; None where a host is beneath."""
+    body: Any = detector.backbone.body  # type: ignore[union-attr]
+    return next((part for part in (body, getattr(body, "model", None)) if isinstance(part, Twin)), None)
+
+
 def save_detector(model: nn.Module, directory: str | Path) -> Path:
     """Write config.json and model.safetensors of a detector that :func:`build_detector` made."""
     from safetensors.torch import save_file
@@ -291,7 +299,9 @@ def save_detector(model: nn.Module, directory: str | Path) -> Path:
     save_file(state, draft, metadata={"format": "pt"})
     draft.replace(folder / "model.safetensors")
     draft = folder / ".config.json"
-    content = {"sparing_version": sparing.__version__, **asdict(model.config)}  # type: ignore[call-overload]
+    twin = backbone_twin(model)
+    written = {"sparing_version": sparing.__version__, "status": twin.status if twin else None}
+    content = {**written, **asdict(model.config)}  # type: ignore[call-overload]
     draft.write_text(json.dumps(content, indent=2) + "\n")
     draft.replace(folder / "config.json")
     return folder
@@ -311,9 +321,12 @@ def load_detector(directory: str | Path, *, device: str | torch.device | None = 
     try:
         content = json.loads(path.read_text())
         content.pop("sparing_version", None)
+        status = content.pop("status", None)
         config = DetectorConfig(**content)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{str(path)!r} describes no detector ({error})") from error
     model = build_detector(config)
     fill(model, read_state(folder), origin=repr(str(folder)))
+    if status in STATUSES and (twin := backbone_twin(model)) is not None:
+        twin.status = status
     return model.to(device).eval()

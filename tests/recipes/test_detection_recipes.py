@@ -133,6 +133,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights_and_detect_draws(sce
     report = tmp_path / "found.json"
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "drawn"), "--json", str(report)])
     assert result.exit_code == 2, result.output  # one picture could not be read, the others were drawn
+    assert "backbone: stvit_r twin, status: trained" in result.output
     found = json.loads(report.read_text())
     assert [item["path"] for item in found] == pictures
     drawn = [np.asarray(Image.open(item["drawn"])) for item in found]

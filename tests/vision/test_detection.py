@@ -11,7 +11,14 @@ from torch import nn
 from torchvision.models.detection import RetinaNet
 from torchvision.ops import FrozenBatchNorm2d
 
-from sparing.vision.detection import DetectorConfig, build_detector, load_detector, save_detector, timm_fpn
+from sparing.vision.detection import (
+    DetectorConfig,
+    backbone_twin,
+    build_detector,
+    load_detector,
+    save_detector,
+    timm_fpn,
+)
 from sparing.vision.stvit import SemanticTokenViT
 from sparing.vision.stvit_r import STViTR
 from sparing.vision.stvit_r_vit import DumbbellViT
@@ -130,9 +137,12 @@ def test_a_saved_detector_comes_back_with_its_twin_and_predicts_the_same(tmp_pat
         max_size=64,
     )
     model = build_detector(config).eval()
+    assert backbone_twin(model).status == "converted, not trained"
+    backbone_twin(model).status = "trained"
     save_detector(model, tmp_path / "d")
     back = load_detector(tmp_path / "d")
     assert back.config == config
+    assert backbone_twin(back).status == "trained"
     images = [torch.rand(3, 64, 64)]
     first, second = model(images)[0], back(images)[0]
     assert torch.equal(first["boxes"], second["boxes"])
@@ -177,6 +187,7 @@ def test_widths_and_keywords_of_the_heads_are_those_of_the_config(tmp_path):
     assert (heads.fg_bg_sampler.batch_size_per_image, heads.detections_per_img) == (7, 3)
     back = load_detector(save_detector(model, tmp_path / "d"))
     assert back.config == config
+    assert backbone_twin(back) is None
     with pytest.raises(ValueError, match=r"detector_arguments min_size, wrong are none of torchvision's MaskRCNN: it"):
         dataclasses.replace(config, detector_arguments={"wrong": 1, "box_nms_thresh": 0.5, "min_size": 32})
     with pytest.raises(ValueError, match="mask_channels=0, at least 1"):
