@@ -210,6 +210,7 @@ def run(name: str, method: str, density: float, seed: int, archive: str | None) 
         settings=PruneSettings(method=method, density=density, **task.prune),
         fit_settings=FitSettings(**{**task.target.__dict__, "seed": seed}),
         head="head",
+        measure=False,
     )
     record = {
         "task": name,
@@ -219,7 +220,6 @@ def run(name: str, method: str, density: float, seed: int, archive: str | None) 
         "source_accuracy": json.loads((start / "metrics.json").read_text())["test_accuracy"],
         **{key: metrics[key] for key in ("test_accuracy", "test_samples", "weights", "dense_weights", "density")},
         **{key: metrics[key] for key in ("learned_parameters", "learned_of_head", "macs", "settings", "fit")},
-        "curve": [point["test_accuracy"] for stage in metrics["stages"] for point in stage["history"]],
         "cpu_seconds": time.process_time() - began,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "torch": torch.__version__,
@@ -333,7 +333,8 @@ def main() -> None:
     parser.add_argument("--cifar", help="zip of CIFAR-10 as SPLIT/CLASS/NAME.jpg")
     parser.add_argument("--fsdd", help="zip or folder of the Free Spoken Digit Dataset")
     parser.add_argument("--task", choices=tuple(TASKS), help="only this one")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--dense", action="store_true", help="also the unpruned rows")
     wanted = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -342,7 +343,7 @@ def main() -> None:
         return
     for name in [wanted.task] if wanted.task else TASKS:
         archive = wanted.cifar if name == "images" else wanted.fsdd
-        for seed in range(wanted.seeds):
+        for seed in range(wanted.first_seed, wanted.first_seed + wanted.seeds):
             for density in (1.0, *DENSITIES) if wanted.dense else DENSITIES:
                 for method in TASKS[name].methods:
                     run(name, method, density, seed, archive)

@@ -7,6 +7,7 @@ from sparing.continual.convert import convert, explain
 from sparing.continual.delay import Delay, Skip
 from sparing.continual.encoder import TransformerEncoder, encoder_filter_fn
 from sparing.continual.export import export_onnx, export_step
+from sparing.continual.folding import fold_batch_norm
 from sparing.continual.module import Continual, Plan, Stream
 from sparing.continual.per_frame import Flatten, LayerNorm, Linear, PerFrame, Softmax
 from sparing.continual.pool import (
@@ -69,6 +70,7 @@ __all__ = [
     "explain",
     "export_onnx",
     "export_step",
+    "fold_batch_norm",
     "gather",
     "leaves",
     "load_state",

@@ -79,6 +79,7 @@ def adapt_pruned(
     fit_settings: FitSettings | None = None,
     image_settings: ImageSettings | None = None,
     head: str | None = None,
+    measure: bool = True,
     on_step: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Adapt and prune ``network`` in place and write the fused network to ``out``.
@@ -92,6 +93,7 @@ def adapt_pruned(
             adapters and head.
         image_settings: augmentation of images.
         head: dotted name of the new head, which is neither frozen nor narrowed; None reads it from ``pretrained_cfg``.
+        measure: take the test accuracy after every epoch for the history; that of the fused network is taken anyway.
         on_step: called with the number of optimizer steps done in the stage.
 
     Returns:
@@ -136,7 +138,8 @@ def adapt_pruned(
             seed=fit_settings.seed + 100 * number,
             final_lr=fit_settings.final_lr if last else 1.0,
         )
-        rows.append(run.adapt(folder, stage_fit, testing, fresh=fresh, on_step=on_step) | {"density": run.density})
+        history = run.adapt(folder, stage_fit, testing if measure else None, fresh=fresh, on_step=on_step)
+        rows.append({"density": run.density, "history": history})
     learned, weights = adapters.learned_parameters(network), run.weights
     head_learned = sum(p.numel() for p in network.get_submodule(head).parameters())
     fused = adapters.fuse(network).eval()
@@ -252,24 +255,24 @@ class _Run:
         self,
         folder: Path,
         fit_settings: FitSettings,
-        testing: BatchSource,
+        testing: BatchSource | None,
         *,
         fresh: set[str],
         on_step: Callable[[int], None] | None,
-    ) -> dict[str, Any]:
-        """Train one stage, or read what it ended with."""
+    ) -> list[dict[str, Any]]:
+        """Train one stage, or read what it ended with; its history."""
         done = folder / "network.pt"
         if done.exists():
             saved = load_checkpoint(done)
             self.network.load_state_dict(saved["network"])
-            return {"history": saved["history"]}
+            return saved["history"]
 
         def loss_of(module: nn.Module, batch: Batch) -> Tensor:
             smoothing = self.settings.label_smoothing
             return nn.functional.cross_entropy(module(batch.images).float(), batch.labels, label_smoothing=smoothing)
 
         def evaluate(module: nn.Module, accelerator: Accelerator) -> dict[str, float]:
-            return {"test_accuracy": accuracy(module, testing, accelerator=accelerator)}
+            return {} if testing is None else {"test_accuracy": accuracy(module, testing, accelerator=accelerator)}
 
         best, history = fit(
             self.network,
@@ -286,7 +289,7 @@ class _Run:
         if Accelerator().is_main_process:
             save_checkpoint(done, {"network": self.network.state_dict(), "history": history})
             (folder / "checkpoint.pt").unlink(missing_ok=True)
-        return {"history": history}
+        return history
 
 
 def _batches(

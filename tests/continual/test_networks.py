@@ -1,5 +1,7 @@
 """The networks: published plans, costs, memories, keys; compiled; precise at low precision."""
 
+import re
+
 import pytest
 import torch
 from continual.test_layers import run_steps
@@ -170,6 +172,40 @@ def test_slow_checkpoints_load_under_pytorchvideo_names():
     assert not found.unexpected_keys
 
 
+def _slowfast_names(key):
+    """Our key to SlowFast's (the names into which its Caffe2 files are read): s1 stem, s2..s5 stages, head."""
+    stage, _, rest = key.partition(".")
+    if stage == "5":
+        return f"head.{rest}"
+    if stage == "0":
+        return "s1.pathway0_stem." + rest.replace("norm.", "bn.")
+    rest = re.sub(r"branch2\.conv_([abc])\.", r"branch2.\1.", rest)
+    return f"s{int(stage) + 1}." + re.sub(r"branch2\.norm_([abc])\.", r"branch2.\1_bn.", rest)
+
+
+def _pytorchvideo_names(key):
+    """Our key to pytorchvideo's: its I3D counts the pool behind the first stage as block 2."""
+    stage, _, rest = key.partition(".")
+    rest = rest.replace("pathway0_res", "res_blocks.").replace("projection", "proj")
+    rest = rest.replace("branch1.", "branch1_conv.").replace("branch1_bn.", "branch1_norm.")
+    return f"blocks.{int(stage) + (int(stage) > 1)}.{rest}"
+
+
+@pytest.mark.parametrize("names", [_slowfast_names, _pytorchvideo_names])
+def test_i3d_checkpoints_load_under_published_names(names):
+    network = tiny_slow("i3d")
+    published = {
+        names(key): torch.randn_like(value, dtype=torch.float32) for key, value in network.state_dict().items()
+    }
+    assert len(published) == len(network.state_dict())
+    assert set(published).isdisjoint(network.state_dict())
+    mapped = resnet3d.checkpoint_filter_fn({"model_state": published}, network)
+    found = network.load_state_dict(mapped)
+    assert not found.missing_keys
+    assert not found.unexpected_keys
+    assert all(torch.equal(mapped[key], published[names(key)]) for key in network.state_dict())
+
+
 @pytest.mark.parametrize("scope", ["frame", "clip", "causal"])
 def test_squeeze_excitation_scopes_equal_the_stream_computation(scope):
     network = tiny_x3d(se_scope=scope)
@@ -245,10 +281,11 @@ def test_plain_adaptive_graphs_step_frame_by_frame_whatever_the_chunk():
             torch.testing.assert_close(torch.cat(said, 2), got, atol=1e-5, rtol=1e-5)
 
 
-def test_bfloat16_x3d_stays_near_float32():
+@pytest.mark.parametrize("steps", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_bfloat16_x3d_stays_near_float32(steps):
     network = tiny_x3d(head_activation="none")
     torch.manual_seed(1)
-    x = torch.randn(1, 3, 60, 32, 32)
+    x = torch.randn(1, 3, steps, 32, 32)
     with torch.no_grad():
         want, _ = run_steps(network, x)
         got, _ = run_steps(network.bfloat16(), x.bfloat16())
@@ -257,29 +294,30 @@ def test_bfloat16_x3d_stays_near_float32():
 
 
 @pytest.mark.slow
-def test_no_drift_in_a_hundred_thousand_steps():
-    """What is said at the end of a long stream equals a stream that begins one receptive field earlier, at either
-    precision.
-    """
-    for dtype in (torch.float32, torch.bfloat16):
-        network = co.Sequential(
-            co.Conv1d(4, 8, 3, padding=1), nn.ReLU(), co.AvgPool1d(9, stride=1), co.TransformerEncoder(
-                8, 2, dim_feedforward=16, num_layers=2, sequence_len=8
-            )
-        ).eval().to(dtype)  # fmt: skip
-        torch.manual_seed(0)
-        state = network.init_state(1, (4,), dtype=dtype)
-        field = network.plan().receptive_field
-        recent = []
-        with torch.no_grad():
-            for _ in range(100_000):
-                frame = torch.randn(1, 4).to(dtype)
-                recent = [*recent[-(field + 1) :], frame]
-                y, _, state = network.step(frame, state, inplace=True)
-            fresh = network.init_state(1, (4,), dtype=dtype)
-            for frame in recent:
-                z, _, fresh = network.step(frame, fresh)
-        torch.testing.assert_close(y, z, atol=1e-6, rtol=1e-6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_drift_in_a_hundred_thousand_steps(dtype):
+    """What is said at the end of long streams equals streams that begin one receptive field earlier."""
+    torch.manual_seed(0)
+    network = co.Sequential(
+        co.Conv1d(4, 8, 3, padding=1),
+        nn.ReLU(),
+        co.AvgPool1d(9, stride=1),
+        co.TransformerEncoder(8, 2, dim_feedforward=16, num_layers=2, sequence_len=8),
+    )
+    network = network.eval().to(dtype)
+    state = network.init_state(4, (4,), dtype=dtype)
+    field = network.plan().receptive_field
+    with torch.inference_mode():
+        for _ in range(1000):
+            frames = torch.randn(100, 4, 4, dtype=dtype)
+            for frame in frames:
+                y, valid, state = network.step(frame, state, inplace=True)
+        assert field < len(frames)
+        fresh = network.init_state(4, (4,), dtype=dtype)
+        for frame in frames[-(field + 2) :]:
+            z, _, fresh = network.step(frame, fresh)
+    assert bool(valid.all())
+    torch.testing.assert_close(y, z, atol=1e-6, rtol=1e-6)
 
 
 def test_wrong_options_are_refused():
