@@ -97,3 +97,11 @@ def call_attention_backend(backend: Any, **arguments: Any) -> Any:
     if str(getattr(backend, "value", backend)).startswith("sparing_"):
         backend = AttentionBackendName.NATIVE
     return dispatch_attention_fn(**arguments, backend=backend)
+
+
+def forget_position(scheduler: Any) -> Any:
+    """The diffusers scheduler, made to look its timesteps up again instead of counting steps; returned."""
+    for name in ("_begin_index", "_step_index"):
+        if hasattr(scheduler, name):
+            setattr(scheduler, name, None)
+    return scheduler

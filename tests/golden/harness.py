@@ -30,7 +30,6 @@ NOT_YET: dict[str, str] = {
     "albef_evilm": "ALBEF and E-ViLM",
     "genau_autocap": "GenAu and AutoCap",
     "mue": "MuE early exiting",
-    "noise_search": "Diffusion noise search",
 }
 
 
