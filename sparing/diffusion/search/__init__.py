@@ -5,11 +5,14 @@ from typing import Any
 
 # public name -> module (below sparing.diffusion.search) that defines it
 _HOMES = {
+    "Budget": "ledger",
     "Candidate": "result",
     "Continue": "protocol",
+    "Draft": "driver",
     "Gaussian": "protocol",
     "Given": "protocol",
     "Neighbour": "protocol",
+    "NoiseSearch": "driver",
     "Outcome": "protocol",
     "Proposal": "protocol",
     "Renoise": "protocol",

@@ -1,0 +1,58 @@
+"""Held-out verifiers: what the winner is worth to judges that took no part in choosing it."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparing.diffusion.search.result import SearchResult
+from sparing.diffusion.search.scoring import Scorer
+
+__all__ = ["held_out", "warn_of_hacking"]
+
+
+def held_out(
+    verifiers: Sequence[Any], samples: Sequence[Tensor], prompts: Sequence[Any], *, sample_rate: int | None = None
+) -> dict[str, dict[str, float]]:
+    """{name: {"first": score, "best": score}} of two samples without batch axis: the first candidate's, the winner's.
+
+    Raises:
+        ValueError: a verifier that looks at latents.
+    """
+    found = {}
+    for verifier in verifiers:
+        scorer = Scorer(verifier, sample_rate=sample_rate)
+        raw, _ = scorer.score({"sample": torch.stack(list(samples))}, prompts)
+        pool = {name: torch.tensor([row[name] for row in raw], dtype=torch.float64) for name in raw[0]}
+        first, best = verifier.combine(pool).double().tolist()
+        found[verifier.name] = {"first": first, "best": best}
+    return found
+
+
+def warn_of_hacking(results: Sequence[SearchResult]) -> bool:
+    """Warns when the search's score rose while the held-out verifiers' mean rank fell, over all prompts together.
+
+    Returns:
+        whether it did.
+    """
+    rises, votes, falling = 0, 0, set()
+    for result in results:
+        finished = result.finished
+        if not finished or result.best.score <= finished[0].score:
+            continue
+        rises += 1
+        for name, scores in result.report.items():
+            vote = (scores["best"] > scores["first"]) - (scores["best"] < scores["first"])
+            votes += vote
+            if vote < 0:
+                falling.add(name)
+    if rises and votes < 0:
+        warnings.warn(
+            f"the score of {results[0].verifier!r} rose and the held-out verifiers fell ({', '.join(sorted(falling))}; "
+            f"{rises} of {len(results)} searches): the search may exploit its verifier. Search less, or by an ensemble",
+            stacklevel=3,
+        )
+        return True
+    return False

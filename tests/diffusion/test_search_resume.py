@@ -1,0 +1,191 @@
+"""The log of a search: killed anywhere it goes on to the same end, alone and in several processes."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_pipelines
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+from sparing.diffusion.search import NoiseSearch
+from sparing.diffusion.search.algorithms import SMC, Evolutionary, Halving, Paths, Random, ZeroOrder
+from sparing.jobs import LogMismatch
+
+STEPS = 6
+SEARCHES = {
+    "zero_order": (ZeroOrder(3, 4), DDIMScheduler),
+    "paths": (Paths(2, 2, start=3, ladder=[(1, 4), (2, 6)]), DDIMScheduler),
+    "halving": (Halving(6, stops=(2, 4, 6), keeps=(3, 2, 1)), DPMSolverMultistepScheduler),
+    "smc": (SMC(4, checks=(2, 4, 6), lam=20.0, ess_threshold=0.9), DDPMScheduler),
+    "evolutionary": (Evolutionary(4, children=3, jump=1, starts=(0, 0.5), elites=2), DDIMScheduler),
+}
+
+
+def level(samples, prompts):
+    return samples.flatten(1).mean(1)
+
+
+def run(name, out_dir, *, steps=STEPS, batch_size=2, seed=0, **options):
+    algorithm, scheduler = SEARCHES[name]
+    pipe, kwargs = tiny_pipelines.build("dit")
+    pipe.scheduler = scheduler()
+    spent = []
+    pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: spent.append(1), with_kwargs=True)
+    search = NoiseSearch(pipe, level, algorithm, out_dir=out_dir, batch_size=batch_size, seed=seed, **options)
+    return search(**kwargs, num_inference_steps=steps), len(spent)
+
+
+def records(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "candidates.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("seconds", None)
+    return lines
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_killed_after_any_line_it_goes_on_to_the_same_end(name, tmp_path):
+    whole, calls = run(name, tmp_path / "whole")
+    log = (tmp_path / "whole" / "candidates.jsonl").read_text().splitlines(keepends=True)
+    assert len(log) == 1 + len(whole.candidates)
+    for lines in range(1, len(log) + 1):
+        folder = tmp_path / f"after_{lines}"
+        shutil.copytree(tmp_path / "whole", folder)
+        torn = log[lines][:40] if lines < len(log) else ""
+        (folder / "candidates.jsonl").write_text("".join(log[:lines]) + torn)
+        again, calls_again = run(name, folder)
+        assert again.best.id == whole.best.id
+        assert again.best.score == whole.best.score
+        assert torch.equal(again.best.sample, whole.best.sample)
+        assert again.nfe == whole.nfe
+        assert records(folder) == records(tmp_path / "whole")
+        assert calls_again <= calls
+        if lines == len(log):
+            assert calls_again == 0
+
+
+def test_nothing_known_is_run_twice_beyond_the_batch_in_flight(tmp_path):
+    run("zero_order", tmp_path / "whole", batch_size=1)
+    log = (tmp_path / "whole" / "candidates.jsonl").read_text().splitlines(keepends=True)
+    for lines in (1, 4, 9, len(log)):
+        folder = tmp_path / f"after_{lines}"
+        folder.mkdir()
+        (folder / "candidates.jsonl").write_text("".join(log[:lines]))
+        result, calls = run("zero_order", folder, batch_size=1, keep="all" if lines == 1 else "best")
+        left = len(log) - lines
+        again = result.best.id < lines - 1  # its sample was not in this folder: the winner is run once more
+        assert calls == STEPS * (left + again)
+
+
+def test_a_log_of_another_search_names_what_differs(tmp_path):
+    run("zero_order", tmp_path)
+    before = (tmp_path / "candidates.jsonl").read_bytes()
+    with pytest.raises(LogMismatch, match="num_inference_steps was 6 and is now 7"):
+        run("zero_order", tmp_path, steps=7)
+    with pytest.raises(LogMismatch, match="seed was 0 and is now 1"):
+        run("zero_order", tmp_path, seed=1)
+    with pytest.raises(LogMismatch, match=r"algorithm.name was 'zero_order' and is now 'paths'"):
+        run("paths", tmp_path)
+    assert (tmp_path / "candidates.jsonl").read_bytes() == before
+    assert run("zero_order", tmp_path, batch_size=3)[0].best.score > 0  # other batches are the same search
+
+
+def test_an_edited_log_is_not_believed(tmp_path):
+    run("zero_order", tmp_path)
+    path = tmp_path / "candidates.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:3], lines[3].replace('"index":', '"index":1'), *lines[4:]]))
+    with pytest.raises(ValueError, match="what this search does not propose"):
+        run("zero_order", tmp_path)
+    path.write_text("".join([*lines[:2], "no json\n", *lines[2:]]))
+    with pytest.raises(ValueError, match="line 3 of .* is not a JSON object"):
+        run("zero_order", tmp_path)
+
+
+def test_a_full_disk_leaves_a_log_that_goes_on(tmp_path, monkeypatch):
+    whole, _ = run("zero_order", tmp_path / "whole")
+    real, writes = os.pwrite, []
+
+    def fills_up(file, data, offset):
+        writes.append(1)
+        if len(writes) > 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file, data, offset)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", fills_up)
+        with pytest.raises(OSError, match="the disk is full"):
+            run("zero_order", tmp_path / "full")
+    assert len(records(tmp_path / "full")) == 1 + 5  # the pivot, then batches of two
+    again, _ = run("zero_order", tmp_path / "full")
+    assert again.best.score == whole.best.score
+    assert records(tmp_path / "full") == records(tmp_path / "whole")
+
+
+def _one_of_two(rank, folder, name):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ["SEARCH_TEST_PORT"])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    result, _ = run(name, Path(folder) / "two", batch_size=1)
+    torch.save({"best": result.best.id, "score": result.best.score, "nfe": result.nfe}, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["zero_order", "smc"])
+def test_two_processes_find_what_one_finds(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("SEARCH_TEST_PORT", str(20000 + os.getpid() % 20000 + len(name)))
+    one, _ = run(name, tmp_path / "one", batch_size=1)
+    mp.spawn(_one_of_two, (str(tmp_path), name), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert found == {"best": one.best.id, "score": one.best.score, "nfe": one.nfe}
+    assert (tmp_path / "two" / "candidates.rank1.jsonl").exists()
+
+    def without_samples(folder):
+        return [{k: v for k, v in line.items() if k not in ("kept", "file")} for line in records(folder)]
+
+    assert without_samples(tmp_path / "two") == without_samples(tmp_path / "one")
+
+
+_KILLED = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_search_resume as here
+import tiny_pipelines, time
+real = tiny_pipelines.build
+def slow(name):
+    pipe, kwargs = real(name)
+    pipe.transformer.register_forward_pre_hook(lambda *_: time.sleep(0.01))
+    return pipe, kwargs
+tiny_pipelines.build = slow
+print("ready", flush=True)
+here.run("paths", {folder!r})
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_at_twenty_moments_changes_nothing(tmp_path):
+    whole, _ = run("paths", tmp_path / "whole")
+    tests = str(Path(__file__).parent)
+    draws = torch.Generator().manual_seed(0)
+    for moment in range(20):
+        folder = tmp_path / f"killed_{moment}"
+        script = _KILLED.format(tests=tests, folder=str(folder))
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.05 + 1.2 * float(torch.rand((), generator=draws)))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        again, _ = run("paths", folder)
+        assert (again.best.id, again.best.score, again.nfe) == (whole.best.id, whole.best.score, whole.nfe)
+        assert records(folder) == records(tmp_path / "whole")
