@@ -316,7 +316,7 @@ def test_drafts_are_ranked_and_only_the_winners_run_in_full():
 
 def test_drafts_of_other_latents_are_refused():
     other, _ = tiny_pipelines.build("ddpm")
-    with pytest.raises((ValueError, TypeError), match="takes no|the draft's latents have shape"):
+    with pytest.raises((ValueError, TypeError), match=r"takes no|the draft's latents have shape"):
         search("dit", Random(6, keep=2), draft=Draft(pipe=other))
 
 

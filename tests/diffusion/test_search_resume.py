@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from sparing.diffusion.search import NoiseSearch
-from sparing.diffusion.search.algorithms import SMC, Evolutionary, Halving, Paths, Random, ZeroOrder
+from sparing.diffusion.search.algorithms import SMC, Evolutionary, Halving, Paths, ZeroOrder
 from sparing.jobs import LogMismatch
 
 STEPS = 6
@@ -107,7 +107,7 @@ def test_an_edited_log_is_not_believed(tmp_path):
     with pytest.raises(ValueError, match="what this search does not propose"):
         run("zero_order", tmp_path)
     path.write_text("".join([*lines[:2], "no json\n", *lines[2:]]))
-    with pytest.raises(ValueError, match="line 3 of .* is not a JSON object"):
+    with pytest.raises(ValueError, match=r"line 3 of .* is not a JSON object"):
         run("zero_order", tmp_path)
 
 
