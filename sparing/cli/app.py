@@ -60,7 +60,7 @@ def _main(
     """Efficient twins of dense models: list, make, measure, use."""
 
 
-from sparing.cli import bench, detect, doctor, generate, images, recipes, stream, zoo  # noqa: E402, F401  (they add commands)
+from sparing.cli import bench, detect, doctor, generate, images, recipes, search, stream, zoo  # noqa: E402, F401  (they add commands)
 
 
 def main() -> None:

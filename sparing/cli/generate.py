@@ -11,7 +11,7 @@ from sparing.cli.options import Device, JsonFile, write_json
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Option(help="Folder of a transformer or of a pipeline.")],
+    model: Annotated[str, typer.Option(help="A name with weights, or a folder of a transformer or of a pipeline.")],
     classes: Annotated[list[str], typer.Option("--class", help="A class index, or a name it knows; repeatable.")],
     out: Annotated[Path, typer.Option(help="Image file for the sheet.")],
     steps: Annotated[int, typer.Option(help="Denoiser steps.")] = 50,

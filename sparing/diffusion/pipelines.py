@@ -4,6 +4,7 @@
 the step's density, guidance, one scheduler step. Stock ``DiTPipeline`` works with a FlexDiT too, for 1000 classes.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -116,7 +117,7 @@ class FlexDiTPipeline(DiTPipeline):
         config, device = self.transformer.config, self._execution_device
         channels = config.in_channels
         self._guidance_scale, self._interrupt = guidance_scale, False
-        labels = torch.tensor(self._label_indices(class_labels))
+        labels = torch.tensor(self.label_indices(class_labels))
         batch, guiding = len(labels), guidance_scale > 1
         if guiding:
             labels = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
@@ -142,9 +143,10 @@ class FlexDiTPipeline(DiTPipeline):
                     continue
                 doubled = torch.cat([latents, latents]) if guiding else latents
                 doubled = self.scheduler.scale_model_input(doubled, t)
-                output = self.transformer(
-                    doubled, timestep=t.expand(len(doubled)), class_labels=labels, return_dict=False, **densities[i]
-                )[0]
+                with self._cache_context():
+                    output = self.transformer(
+                        doubled, timestep=t.expand(len(doubled)), class_labels=labels, return_dict=False, **densities[i]
+                    )[0]
                 if guiding:
                     output = guided(output, guidance_scale, guided_channels=guidance_channels or channels)[:batch]
                 if output.shape[1] == 2 * channels and not keeps_variance:
@@ -159,7 +161,12 @@ class FlexDiTPipeline(DiTPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _label_indices(self, class_labels: Sequence[int | str]) -> list[int]:
+    def _cache_context(self) -> Any:
+        """Both halves of a guidance batch go through one forward, so there is one state for diffusers' step caches."""
+        context = getattr(self.transformer, "cache_context", None)
+        return contextlib.nullcontext() if context is None else context("guided")
+
+    def label_indices(self, class_labels: Sequence[int | str]) -> list[int]:
         if isinstance(class_labels, (int, str)):
             class_labels = [class_labels]
         if not len(class_labels):

@@ -31,7 +31,7 @@ class AppendLog:
         ignore: header fields that may differ from those of an earlier run (versions, say).
         force: go on although the header differs.
 
-    ``records`` are the lines of earlier runs.
+    ``records`` are the lines of earlier runs. A log of another job without a single record is begun anew.
 
     Raises:
         LogMismatch: the file is of another job; the message names the fields that differ.
@@ -48,7 +48,9 @@ class AppendLog:
         self.records: list[dict[str, Any]] = lines[1:]
         if lines:
             found = differences(lines[0], _restored(json.loads(_line(header))), ignore=ignore)
-            if found and not force:
+            if found and not self.records:
+                lines, whole_bytes = [], 0  # another job that never did anything: nothing is lost
+            elif found and not force:
                 raise LogMismatch(f"{self.path} is the log of another job; " + "; ".join(found))
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         os.ftruncate(self._file, whole_bytes)  # a torn last line

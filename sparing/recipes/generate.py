@@ -2,8 +2,9 @@
 
     python -m sparing.recipes.generate --model runs/flexdit --classes 0 1 2 3 --steps 20 --density 3 --out sheet.png
 
-``--model`` is a folder of a transformer (``sparing.load`` reads it; a pixel-space one is complete, a latent one needs
-``--vae``) or of a whole pipeline, a diffusers ``DiTPipeline`` included. The same function is ``sparing generate``.
+``--model`` is a name of the zoo with weights, a folder of a transformer (``sparing.load`` reads it; a pixel-space one
+is complete, a latent one needs ``--vae``), or a folder of a whole pipeline, a diffusers ``DiTPipeline`` included. The
+same function is ``sparing generate``.
 """
 
 import json
@@ -22,15 +23,16 @@ import sparing
 from sparing.diffusion.pipelines import FlexDiTPipeline
 from sparing.diffusion.respaced import RespacedScheduler
 from sparing.media.image import write_image
+from sparing.zoo.registry import tagged_names
 
-__all__ = ["generate", "open_pipeline"]
+__all__ = ["generate", "open_pipeline", "open_transformer"]
 
 
 def open_pipeline(model: str | Path | nn.Module | FlexDiTPipeline, *, vae: str | Path | None = None) -> FlexDiTPipeline:
-    """A pipeline from a live transformer or pipeline, or a folder of either.
+    """A pipeline from a live transformer or pipeline, a folder of either, or a name of the zoo.
 
     Raises:
-        ValueError: a latent-space model without a VAE, or a folder that holds neither.
+        ValueError: a latent-space model without a VAE, a folder that holds neither, or a name without weights.
         FileNotFoundError: no such folder.
     """
     if isinstance(model, FlexDiTPipeline):
@@ -45,7 +47,7 @@ def open_pipeline(model: str | Path | nn.Module | FlexDiTPipeline, *, vae: str |
             )
         names = {index: name for name, index in stored.labels.items()}
         return FlexDiTPipeline(stored.transformer, stored.scheduler, vae=stored.vae, id2label=names or None)
-    transformer: Any = sparing.load(model) if isinstance(model, (str, Path)) else model
+    transformer = open_transformer(model) if isinstance(model, (str, Path)) else model
     decoder = None
     if vae is not None:
         from diffusers import AutoencoderKL
@@ -57,6 +59,17 @@ def open_pipeline(model: str | Path | nn.Module | FlexDiTPipeline, *, vae: str |
             f"decoder"
         )
     return FlexDiTPipeline(transformer.eval(), RespacedScheduler(), vae=decoder)
+
+
+def open_transformer(model: str | Path) -> Any:
+    """A denoiser by its name in the zoo, with its weights, or from a folder.
+
+    Raises:
+        ValueError: a name without weights, or a folder without a model.
+    """
+    if tagged_names(str(model)):
+        return sparing.create_model(str(model), pretrained=True)
+    return sparing.load(model)
 
 
 def generate(
@@ -137,7 +150,7 @@ def generate(
 class Arguments:
     """What to generate."""
 
-    model: str = field(metadata={"help": "folder of a transformer or of a pipeline"})
+    model: str = field(metadata={"help": "name in the zoo, folder of a transformer or of a pipeline"})
     classes: list[str] = field(metadata={"help": "class indices or names"})
     out: str = field(metadata={"help": "image file of the sheet"})
     steps: int = field(default=50, metadata={"help": "denoiser steps"})

@@ -214,7 +214,7 @@ def _build_pretrained(function: Callable[..., Any], name: str, kwargs: dict[str,
     """Builds by the undecorated entry point and loads the weights that the table names for ``name``."""
     from sparing.zoo import weights
 
-    full_name = name if "." in name else next((tagged for tagged in _tagged(name) if MODELS[tagged].source), name)
+    full_name = name if "." in name else next((tagged for tagged in tagged_names(name) if MODELS[tagged].source), name)
     entry = find_entry(full_name)
     path = weights.locate(full_name, entry.source, notes=entry.notes)
     model = function(pretrained=False, **kwargs)
@@ -224,9 +224,9 @@ def _build_pretrained(function: Callable[..., Any], name: str, kwargs: dict[str,
     return model.eval()
 
 
-def _tagged(base: str) -> list[str]:
-    """``base`` itself and its tagged names, in the table's order."""
-    return [name for name in MODELS if name.partition(".")[0] == base]
+def tagged_names(base: str) -> list[str]:
+    """A name of the table and, of a bare one, its tagged forms, in the table's order; none when it is no name."""
+    return [name for name in MODELS if base in (name, name.partition(".")[0])]
 
 
 def _checkpoint_filter(name: str) -> Callable[..., Any] | None:

@@ -12,6 +12,14 @@ from sparing.jobs import AppendLog, LogMismatch, read_log
 HEADER = {"job": "x", "settings": {"steps": 4, "scale": 1.5}, "version": "1"}
 
 
+def test_a_log_that_never_began_is_begun_anew(tmp_path):
+    AppendLog(tmp_path / "log.jsonl", {"job": 1}).close()
+    log = AppendLog(tmp_path / "log.jsonl", {"job": 2})
+    log.append([{"id": 0}])
+    log.close()
+    assert read_log(tmp_path / "log.jsonl") == [{"job": 2}, {"id": 0}]
+
+
 def begin(path, count=3):
     with AppendLog(path, HEADER) as log:
         log.append([{"id": i, "score": i / 2} for i in range(count)])

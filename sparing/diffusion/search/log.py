@@ -36,7 +36,7 @@ _FIELDS = tuple(
     for name in Candidate.__dataclass_fields__
     if name not in ("sample", "preview", "noise")  # these are no text
 )
-_MAY_DIFFER = ("version", "batch_size", "processes")
+_MAY_DIFFER = ("version", "batch_size", "processes", "budget")  # a search goes on with a larger budget
 
 Key = tuple[int, int]  # (prompt, id)
 
