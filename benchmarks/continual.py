@@ -1,15 +1,15 @@
 """Continual networks against the continual-inference package and against clip recompute, interleaved in one run on
 one machine.
 
-    uv run --with continual-inference python benchmarks/continual.py --threads 1 --json
-    benchmarks/results/continual_1.json uv run --with continual-inference python benchmarks/continual.py --threads 0
-    --plot benchmarks/results/continual.png
+    uv run --with continual-inference python benchmarks/continual.py --threads 1 --json JSON --plot PNG
+    uv run --with continual-inference python benchmarks/continual.py --threads 0 --json JSON --plot PNG
 
 Without the package its column is left out and said to be. Rows: the convolution stack A of the specification at one
-stream and at 64 (the package steps one phase a network: independent streams are stepped one by one, and, for
-comparison, as one batch in lock-step); the two-block encoder (d 1024, window 64); CoX3D-S per step against X3D-S per
-clip; memory per stream. ``--threads 0`` uses all cores. Times are medians over interleaved rounds, with the
-interquartile range beside them.
+stream and at 64 live streams that join and leave (ours: a ``StreamBatch``, with and without folded batch norms; the
+package steps one phase a network, so independent streams are 64 networks stepped one by one, and, for comparison only,
+one batch in lock-step, which cannot serve streams that come and go); the two-block encoder (d 1024, window 64); CoX3D-S
+per step against X3D-S per clip; memory per stream. ``--threads 0`` uses all cores. Times are medians over interleaved
+rounds, with the interquartile range beside them.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from torch import nn
 
 from sparing import continual as co
 from sparing.continual import x3d
+from sparing.continual.folding import fold_batch_norm
 
 Variant = tuple[str, Callable[[], Any], int]  # name, one call, steps of one stream that the call stands for
 
@@ -69,13 +70,30 @@ def peer_stack_a(peer: Any) -> nn.Module:
 
 
 def stepper(network: Any, x: torch.Tensor, *, lockstep: bool) -> Callable[[], Any]:
-    """Steps of warm streams. On a CPU the functional form is the fast one: a new history is a view, not a copy."""
-    holder = [network.init_state(x.shape[0], tuple(x.shape[1:]), lockstep=lockstep)]
+    """Steps of warm streams."""
+    stream = co.Stream(network, streams=x.shape[0], frame_shape=tuple(x.shape[1:]), lockstep=lockstep)
+    for _ in range(network.plan().warm_after + 4):
+        stream(x)
+    return lambda: stream(x)
+
+
+def batch_stepper(network: Any, x: torch.Tensor, *, churn: int = 1) -> Callable[[], Any]:
+    """Steps of as many independent streams as ``x`` has rows; ``churn`` of them leave and others join every step."""
+    batch = co.StreamBatch(network, seats=x.shape[0], frame_shape=tuple(x.shape[1:]))
+    names = [str(i) for i in range(x.shape[0])]
+    for name in names:
+        batch.join(name)
+    born = [len(names)]
 
     def call() -> None:
-        _, _, holder[0] = network.step(x, holder[0])
+        for _ in range(churn):
+            batch.leave(names.pop(0))
+            names.append(str(born[0]))
+            batch.join(names[-1])
+            born[0] += 1
+        batch.step(dict(zip(names, x)))
 
-    for _ in range(network.plan().first_output_step + 4):
+    for _ in range(network.plan().warm_after + 4):
         call()
     return call
 
@@ -123,22 +141,31 @@ def measure(variants: list[Variant], *, rounds: int) -> dict[str, dict[str, floa
 
 def convolution_rows(peer: Any, streams: int, *, rounds: int) -> dict[str, Any]:
     network, x = stack_a(), torch.randn(streams, 3, 32, 32)
+    folded = fold_batch_norm(stack_a())
     clip = torch.randn(streams, 3, 16, 32, 32)
-    variants: list[Variant] = [
-        ("ours", stepper(network, x, lockstep=False), streams),
+    variants: list[Variant] = []
+    if streams > 1:
+        variants += [
+            ("ours, 64 that come and go", batch_stepper(network, x), streams),
+            ("ours, norms folded", batch_stepper(folded, x), streams),
+        ]
+    variants += [
+        ("ours, own clocks", stepper(network, x, lockstep=False), streams),
         ("ours, lock-step", stepper(network, x, lockstep=True), streams),
         ("clip recompute (16 frames)", lambda: network(clip), streams),
     ]
+    if streams == 1:  # one stream has one clock
+        variants[0], variants[1] = variants[1], variants[0]
     memory = {"ours": network.plan((3, 32, 32)).bytes_per_stream}
     if peer is not None:
         one = torch.randn(1, 3, 32, 32)
-        separate = [peer_stepper(peer_stack_a(peer), one, warm=14) for _ in range(min(streams, 8))]
+        separate = [peer_stepper(peer_stack_a(peer), one, warm=14) for _ in range(streams)]
 
         def one_by_one() -> None:
             for step in separate:
                 step()
 
-        # Independent streams cannot share a network of the package; 8 of them stand for all (the time is per stream).
+        # independent streams cannot share a network of the package
         variants.append(("peer, independent streams", one_by_one, len(separate)))
         batched = peer_stack_a(peer)
         variants.append(("peer, one lock-step batch", peer_stepper(batched, x, warm=14), streams))
@@ -153,7 +180,8 @@ def encoder_rows(peer: Any, *, rounds: int, width: int = 1024, window: int = 64)
     network = co.convert(plain, sequence_len=window)
     x, tokens = torch.randn(1, width), torch.randn(1, window, width)
     variants: list[Variant] = [
-        ("ours", stepper(network, x, lockstep=False), 1),
+        ("ours", stepper(network, x, lockstep=True), 1),
+        ("ours, own clocks", stepper(network, x, lockstep=False), 1),
         ("full window", lambda: plain(tokens), 1),
     ]
     memory = {"ours": network.plan((width,)).bytes_per_stream}

@@ -63,18 +63,30 @@ class Attention(nn.Module):
         bias = None if self.in_proj_bias is None else self.in_proj_bias[: self.embed_dim]
         return F.linear(tokens, self.in_proj_weight[: self.embed_dim], bias)
 
-    def project_memory(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., E) to keys and values only."""
-        bias = None if self.in_proj_bias is None else self.in_proj_bias[self.embed_dim :]
-        k, v = F.linear(tokens, self.in_proj_weight[self.embed_dim :], bias).chunk(2, -1)
-        return k, v
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
         """Queries (B, M, E) over keys and values (B, N, E), with the output projection: (B, M, E)."""
         heads = [rearrange(t, "b n (h d) -> b h n d", h=self.num_heads) for t in (q, k, v)]
         out = attention(*heads, bias=bias)
         assert isinstance(out, Tensor)
         return self.out_proj(rearrange(out, "b h n d -> b n (h d)"))
+
+    def answer(self, query: Tensor, tokens: Tensor, *, bias: Tensor | None = None) -> Tensor:
+        """One query (B, E) over tokens (B, N, E) that were never projected, with the output projection: (B, E).
+
+        The same maths in another order. Scores ``(q_h . (W_k,h x_j + b_k,h))`` are ``((q_h W_k,h) . x_j)`` plus a
+        number that all keys share, which softmax forgets; ``sum_j a_j (W_v,h x_j + b_v,h)`` is ``W_v,h (sum_j a_j
+        x_j) + b_v,h``. The key and value projections of N tokens (2 N E^2 multiply-adds) become two of one token and
+        2 N E a head. All heads read the same tokens, so they are the queries of one head of width E.
+        """
+        width = self.embed_dim
+        _, to_keys, to_values = rearrange(self.in_proj_weight, "(p h d) e -> p h d e", p=3, h=self.num_heads)
+        q = rearrange(self.project_query(query), "b (h d) -> h b d", h=self.num_heads)
+        seen = rearrange(q @ to_keys, "h b e -> b 1 h e")
+        keys = tokens.unsqueeze(1)
+        mixed = attention(seen, keys, keys, bias=bias, scale=q.shape[-1] ** -0.5)
+        assert isinstance(mixed, Tensor)
+        out = rearrange(rearrange(mixed, "b 1 h e -> h b e") @ to_values.mT, "h b d -> b (h d)")
+        return self.out_proj(out if self.in_proj_bias is None else out + self.in_proj_bias[2 * width :])
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Ordinary self-attention, (B, N, E) to (B, N, E)."""
@@ -122,7 +134,7 @@ class TokenRing:
         leaves = [memory[name] if tick.inplace else memory[name].clone() for name in ("k", "v", "head", "length")]
         cache = RingCache(*leaves, window=memory["k"].shape[1])
         alive = tick.active
-        if not is_lockstep(tick) and (tick.delay or tick.stride > 1):
+        if not is_lockstep(tick) and (tick.stride > 1 or (tick.delay and not tick.warm)):
             live = is_live(tick)
             alive = live if alive is None else live & alive  # type: ignore[assignment,operator]
         q, k, v = (rearrange(t, "s (h d) -> s 1 h d", h=heads) for t in (q, k, v))
@@ -245,11 +257,9 @@ class SingleOutputAttention(Continual, Attention):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Clip (N, E, T) to the answers of its windows (N, E, T - n + 1)."""
-        window = windows_of(x, self.sequence_len)
-        tokens = window.flatten(0, 1)
-        k, v = self.project_memory(tokens)
-        out = self.attend(self.project_query(tokens[:, self.query_index, None]), k, v)
-        return rearrange(out, "(n t) 1 e -> n e t", n=x.shape[0])
+        tokens = windows_of(x, self.sequence_len).flatten(0, 1)
+        out = self.answer(tokens[:, self.query_index], tokens)
+        return rearrange(out, "(n t) e -> n e t", n=x.shape[0])
 
 
 class RetroactiveAttention(Continual, Attention):

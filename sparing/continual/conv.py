@@ -190,7 +190,7 @@ class TemporalConv(Continual):
         """With replicate fill, a stream's first frame takes the place of everything before it. frame: (streams, C, 1,
         ...).
         """
-        if self.temporal_fill == "zeros":
+        if self.temporal_fill == "zeros" or tick.warm:
             return history
         seen = frames_seen(tick)
         if not isinstance(seen, Tensor):

@@ -72,9 +72,7 @@ class EncoderLayer(nn.Module):
     def newest(self, tokens: Tensor, *, bias: Tensor | None = None) -> Tensor:
         """The newest token of a window only: (B, n, E) to (B, E)."""
         seen = self.before(tokens)
-        k, v = self.self_attn.project_memory(seen)
-        out = self.self_attn.attend(self.self_attn.project_query(seen[:, -1:]), k, v, bias=bias)
-        return self.finish(tokens[:, -1], out[:, 0])
+        return self.finish(tokens[:, -1], self.self_attn.answer(seen[:, -1], seen, bias=bias))
 
 
 class TransformerEncoder(Continual, nn.Module):
@@ -166,7 +164,7 @@ class TransformerEncoder(Continual, nn.Module):
 
     def _partial_bias(self, x: Tensor, tick: Tick) -> Tensor | None:
         """(streams, 1, 1, n): -inf for tokens that do not exist yet."""
-        if not self.partial:
+        if not self.partial or tick.warm:
             return None
         seen = frames_seen(tick)
         if not isinstance(seen, Tensor):

@@ -37,7 +37,7 @@ class Plan:
 
     ``period``: total temporal stride, frames between two outputs. ``equals_clip_of_last_frames``: whether a step
     equals ``forward`` of the last ``receptive_field`` frames (true without temporal padding). ``bytes_per_stream``:
-    None without a frame shape.
+    None without a frame shape. ``warm_after``: frames after which every memory of a stream is full.
     """
 
     receptive_field: int
@@ -47,6 +47,10 @@ class Plan:
     first_output_step: int
     equals_clip_of_last_frames: bool
     bytes_per_stream: int | None = None
+
+    @property
+    def warm_after(self) -> int:
+        return self.receptive_field + self.first_output_step
 
 
 class Continual:
@@ -137,6 +141,7 @@ class Continual:
         active: Tensor | None = None,
         inplace: bool = False,
         allow_train: bool = False,
+        warm: bool = False,
     ) -> tuple[Tensor | None, Tensor | bool, StreamState]:
         """Consume one frame of every stream.
 
@@ -147,6 +152,8 @@ class Continual:
                 frame).
             inplace: write the new memories into the tensors of ``state`` (for CUDA graphs; not under autograd).
             allow_train: permit batch statistics, which make a step depend on its neighbours.
+            warm: the caller knows that every stream has consumed ``plan().warm_after`` frames, so that masks for
+                missing frames are left out; :class:`Stream` and ``StreamBatch`` know. Wrong for younger streams.
 
         Returns:
             ``(y, valid, state)``: y (streams, C', ...), zero where not valid; valid (streams,) bool. With a lock-step
@@ -164,7 +171,7 @@ class Continual:
             )
         if active is not None and state.lockstep:
             raise ValueError("active needs per-stream clocks: use init_state(lockstep=False)")
-        y, memory = self._step(x, state.memory, Tick(state.clock, active=active, inplace=inplace))
+        y, memory = self._step(x, state.memory, Tick(state.clock, active=active, inplace=inplace, warm=warm))
         new = StreamState(state.clock + 1, memory, state.frame)
         span = self.span()
         valid: Tensor | bool
@@ -176,7 +183,8 @@ class Continual:
             if active is not None:
                 valid = valid & active
                 new = states.merge(active, new, state)
-            y = torch.where(valid.view(-1, *[1] * (y.ndim - 1)), y, 0)  # type: ignore[union-attr]
+            if not warm or span.stride > 1 or active is not None:
+                y = torch.where(valid.view(-1, *[1] * (y.ndim - 1)), y, 0)  # type: ignore[union-attr]
         return y, valid, states.write(state, new) if inplace else new
 
     def steps(
@@ -283,26 +291,40 @@ class Stream:
     def __init__(self, network: Continual, *, streams: int = 1, frame_shape: tuple[int, ...], **options: Any) -> None:
         self.network = network
         self.state = network.init_state(streams, frame_shape, **options)
+        self._warm_after = network.plan().warm_after
+
+    @property
+    def state(self) -> StreamState:
+        """Memory of the streams; may be replaced, by a restored one for example."""
+        return self._state
+
+    @state.setter
+    def state(self, state: StreamState) -> None:
+        self._state = state
+        self._youngest = 0  # frames that every stream is known to have consumed
 
     def __call__(self, x: Tensor, *, active: Tensor | None = None) -> tuple[Tensor | None, Tensor | bool]:
         """One frame of every stream: ``(y, valid)`` as :meth:`Continual.step`."""
-        y, valid, self.state = self.network.step(x, self.state, active=active)
+        warm = self._youngest >= self._warm_after
+        y, valid, self._state = self.network.step(x, self._state, active=active, warm=warm)
+        self._youngest += active is None
         return y, valid
 
     def chunk(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """A chunk of frames: ``(y, valid)`` as :meth:`Continual.steps`."""
-        y, valid, self.state = self.network.steps(x, self.state)
+        y, valid, self._state = self.network.steps(x, self._state)
+        self._youngest += x.shape[2]
         return y, valid
 
     def flush(self) -> tuple[Tensor | None, Tensor]:
         """End all streams: ``(y, valid)`` of the end padding; the streams start anew afterwards."""
-        y, valid, self.state = self.network.flush(self.state)
+        y, valid, self.state = self.network.flush(self._state)
         return y, valid
 
     def reset(self, slots: Tensor | list[int] | int | None = None) -> None:
         """Empty some streams (default: all)."""
-        everyone = list(range(self.state.streams))
-        self.state = states.reset(self.state, everyone if slots is None else slots)
+        everyone = list(range(self._state.streams))
+        self.state = states.reset(self._state, everyone if slots is None else slots)
 
 
 def emits_now(tick: Tick, span: Span) -> bool:

@@ -150,6 +150,15 @@ def gather(state: StreamState, order: Tensor | list[int]) -> StreamState:
     return StreamState(clock, memory, state.frame.index_select(0, index))
 
 
+def concatenate(parts: list[StreamState]) -> StreamState:
+    """The streams of several states of one network, in order, as one state."""
+    if len(parts) == 1:
+        return parts[0]
+    memory = map_memory(lambda *tensors: torch.cat(tensors), *(part.memory for part in parts))
+    clock = parts[0].clock if parts[0].lockstep else torch.cat([part.clock for part in parts])
+    return StreamState(clock, memory, torch.cat([part.frame for part in parts]))
+
+
 def scatter(state: StreamState, order: Tensor | list[int], rows: StreamState, *, inplace: bool = False) -> StreamState:
     """Put the streams of ``rows`` into the slots ``order`` of ``state``; inverse of :func:`gather`.
 

@@ -4,8 +4,15 @@ A seat is a row of a preallocated state. Every stream keeps its own phase; a str
 as it is, so outputs are those of the network run on the stream alone. Shapes never change: one compiled graph, or one
 captured CUDA graph, serves all steps, and no step reads anything back from the device (which streams speak is known
 on the host from the plan).
+
+On a CPU the seats are stepped in tiles of a few, through the whole network, because the memories and activations of a
+tile stay in the caches where those of all seats do not. Streams take the lowest free seat, so most tiles are full or
+empty: a full one needs no selection between old and new memories, an empty one is not stepped at all, and one whose
+streams have all filled their memories steps without masks. What each tile is, the host knows without asking the
+device.
 """
 
+import heapq
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +23,12 @@ from torch import Tensor
 
 from sparing.continual import state as states
 from sparing.continual.module import Continual
+from sparing.continual.state import StreamState
+
+# Memory of the streams that are stepped together on a CPU (with their activations a few times this passes the caches
+# layer by layer), and the fewest seats over which the cost of calling the layers is spread.
+TILE_BYTES = 3 << 20
+SMALLEST_TILE = 4
 
 
 class StreamBatch:
@@ -33,6 +46,8 @@ class StreamBatch:
         timeout_s: streams without a frame for longer leave at the next step (None: never).
         compile: ``torch.compile`` the step (True, or a backend's name).
         cuda_graph: capture the step and replay it; None = on CUDA devices unless compiled.
+        tile: seats that are stepped together; None = all of them on a device or when compiled, on a CPU as many
+            as have ``TILE_BYTES`` of memory, at least ``SMALLEST_TILE``.
         clock: seconds, for time-outs.
     """
 
@@ -47,22 +62,29 @@ class StreamBatch:
         timeout_s: float | None = None,
         compile: bool | str = False,
         cuda_graph: bool | None = None,
+        tile: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if timeout_s is not None and timeout_s <= 0:
             raise ValueError(f"timeout_s must be positive or None, got {timeout_s}")
+        if tile is not None and tile < 1:
+            raise ValueError(f"tile must be at least 1 seat or None, got {tile}")
         self.network, self.seats, self.timeout_s = network, seats, timeout_s
-        self.state = network.init_state(seats, frame_shape, dtype=dtype, device=device)
+        whole = network.init_state(seats, frame_shape, dtype=dtype, device=device)
         self.plan = network.plan()
+        self.frame_shape = whole.frame_shape
         self._clock = clock
         self._seat_of: dict[str, int] = {}
-        self._free = list(range(seats))[::-1]
+        self._free = list(range(seats))
         self._seen = [0] * seats
         self._last = [0.0] * seats
-        frame = self.state.frame
+        frame = whole.frame
         self._x = frame.new_zeros((seats, *frame_shape))
         self._active = torch.zeros(seats, dtype=torch.bool, device=frame.device)
         self._graph: Any = None
+        # Where pointers must stay (graphs), steps write into the memories; elsewhere a new history is a view of the
+        # window that was convolved, which is cheaper than a copy.
+        self._owns = bool(compile) or frame.is_cuda
         self._wants_graph = frame.is_cuda and not compile if cuda_graph is None else cuda_graph
         if self._wants_graph and not frame.is_cuda:
             raise ValueError(f"cuda_graph needs a CUDA device, the state is on {frame.device}")
@@ -70,6 +92,19 @@ class StreamBatch:
         if compile:
             backend = {} if compile is True else {"backend": compile}
             self._advance = torch.compile(network.step, fullgraph=True, **backend)
+        if tile is None:
+            size = max(SMALLEST_TILE, TILE_BYTES * seats // max(states.state_bytes(whole), 1))
+            tile = seats if compile or frame.is_cuda else min(seats, size)
+        elif tile < seats and self._wants_graph:
+            raise ValueError(f"a CUDA graph steps all {seats} seats together, got tile {tile}")
+        self.tile = tile
+        starts = range(0, seats, tile)
+        self._tiles = [whole] if tile >= seats else [states.gather(whole, _rows(s, tile, seats)) for s in starts]
+
+    @property
+    def state(self) -> StreamState:
+        """Memory of all seats (a copy when there are several tiles)."""
+        return states.concatenate(self._tiles)
 
     @property
     def streams(self) -> list[str]:
@@ -86,14 +121,14 @@ class StreamBatch:
             raise ValueError(f"stream {name!r} is seated already")
         if not self._free:
             raise ValueError(f"all {self.seats} seats are taken; {name!r} cannot join until a stream leaves")
-        seat = self._free.pop()
+        seat = heapq.heappop(self._free)
         self._seat_of[name] = seat
         self._empty(seat)
         self._last[seat] = self._clock()
 
     def leave(self, name: str) -> None:
         """Free the seat of a stream."""
-        self._free.append(self._seat(name))
+        heapq.heappush(self._free, self._seat(name))
         del self._seat_of[name]
 
     def reset(self, name: str) -> None:
@@ -102,7 +137,16 @@ class StreamBatch:
 
     def _empty(self, seat: int) -> None:
         self._seen[seat] = 0
-        self.state = states.reset(self.state, [seat], inplace=True)
+        tile, row = divmod(seat, self.tile)
+        self._tiles[tile] = states.reset(self._tiles[tile], [row], inplace=self._owns)
+
+    def _take(self, seat: int) -> StreamState:
+        tile, row = divmod(seat, self.tile)
+        return states.gather(self._tiles[tile], [row])
+
+    def _put(self, seat: int, part: StreamState) -> None:
+        tile, row = divmod(seat, self.tile)
+        self._tiles[tile] = states.scatter(self._tiles[tile], [row], part, inplace=self._owns)
 
     def _seat(self, name: str) -> int:
         if name not in self._seat_of:
@@ -135,9 +179,9 @@ class StreamBatch:
         seats, given = [], []
         for name, frame in frames.items():
             seats.append(self._seat(name))
-            if tuple(frame.shape) != self.state.frame_shape or frame.dtype != self._x.dtype:
+            if tuple(frame.shape) != self.frame_shape or frame.dtype != self._x.dtype:
                 raise ValueError(
-                    f"stream {name!r}: frames are {self._x.dtype} {self.state.frame_shape}, "
+                    f"stream {name!r}: frames are {self._x.dtype} {self.frame_shape}, "
                     f"got {frame.dtype} {tuple(frame.shape)}"
                 )
             given.append(frame.to(self._x.device, non_blocking=True))
@@ -150,23 +194,40 @@ class StreamBatch:
         index = torch.tensor(seats).to(self._x.device, non_blocking=True)
         self._x.index_copy_(0, index, torch.stack(given))
         self._active.zero_().index_fill_(0, index, True)
-        y = self._run()
+        y = self._run(seats)
         spoken = {}
         for name, seat in zip(frames, seats):
             since = self._seen[seat] - self.plan.first_output_step
             if since >= 0 and since % self.plan.period == 0:
-                spoken[name] = y[seat]
+                tile, row = divmod(seat, self.tile)
+                spoken[name] = y[tile][row]
             self._seen[seat] += 1
         return spoken
 
-    def _run(self) -> Tensor:
-        if not self._wants_graph:
-            y, _, self.state = self._advance(self._x, self.state, active=self._active, inplace=True)
+    def _run(self, seats: list[int]) -> dict[int, Tensor]:
+        """Step the tiles that hold some of ``seats``: their outputs (tile, C', ...) by tile."""
+        if self._wants_graph:
+            if self._graph is None:
+                self._capture()
+            self._graph.replay()
+            return {0: self._y.clone()}
+        counts: dict[int, int] = {}
+        for seat in seats:
+            counts[seat // self.tile] = counts.get(seat // self.tile, 0) + 1
+        return {tile: self._run_tile(tile, count) for tile, count in counts.items()}
+
+    def _run_tile(self, tile: int, count: int) -> Tensor:
+        state, start = self._tiles[tile], tile * self.tile
+        rows = slice(start, start + state.streams)
+        x, active = self._x[rows], self._active[rows]
+        if self._owns:
+            y, _, self._tiles[tile] = self._advance(x, state, active=active, inplace=True)
             return y.clone() if self._advance is not self.network.step else y
-        if self._graph is None:
-            self._capture()
-        self._graph.replay()
-        return self._y.clone()
+        warm = min(self._seen[rows]) >= self.plan.warm_after
+        full = count == state.streams
+        y, _, self._tiles[tile] = self.network.step(x, state, active=None if full else active, warm=warm)
+        assert y is not None
+        return y
 
     def _capture(self) -> None:
         """Record one step; warm-up runs have no active stream, so that no memory moves."""
@@ -176,11 +237,11 @@ class StreamBatch:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                self.network.step(self._x, self.state, active=self._active, inplace=True)
+                self.network.step(self._x, self._tiles[0], active=self._active, inplace=True)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y, _, _ = self.network.step(self._x, self.state, active=self._active, inplace=True)
+            y, _, _ = self.network.step(self._x, self._tiles[0], active=self._active, inplace=True)
         assert y is not None
         self._y: Tensor = y
         self._graph = graph
@@ -190,16 +251,16 @@ class StreamBatch:
     def prime(self, name: str, frames: Tensor) -> Tensor | None:
         """Feed a stream several past frames (C, T, ...) in one call; gives its outputs (C', T') or None."""
         seat = self._seat(name)
-        part = states.gather(self.state, [seat])
+        part = self._take(seat)
         y, valid, part = self.network.steps(frames.unsqueeze(0), part)
-        self.state = states.scatter(self.state, [seat], part, inplace=True)
+        self._put(seat, part)
         self._seen[seat] += frames.shape[1]
         self._last[seat] = self._clock()
         return None if y is None or not bool(valid.any()) else y[0][:, valid[0]]
 
     def save(self, name: str, path: str | Path) -> None:
         """Write the state of one stream to a safetensors file."""
-        states.save_state(states.gather(self.state, [self._seat(name)]), path)
+        states.save_state(self._take(self._seat(name)), path)
 
     def restore(self, name: str, path: str | Path) -> None:
         """Seat a stream (if it is not yet) and give it a saved state.
@@ -208,11 +269,15 @@ class StreamBatch:
             FileNotFoundError: no such file.
             ValueError: the state of another network, frame size or dtype; or no seat is free.
         """
-        part = states.load_state(path, self.state)
+        part = states.load_state(path, self._tiles[0])
         if part.streams != 1:
             raise ValueError(f"{path} holds {part.streams} streams, expected one")
         if name not in self._seat_of:
             self.join(name)
         seat = self._seat(name)
-        self.state = states.scatter(self.state, [seat], part, inplace=True)
+        self._put(seat, part)
         self._seen[seat] = int(part.clock[0])
+
+
+def _rows(start: int, tile: int, seats: int) -> list[int]:
+    return list(range(start, min(start + tile, seats)))

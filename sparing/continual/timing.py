@@ -103,7 +103,8 @@ class Tick(NamedTuple):
     ``clock``: frames that the stream consumed before this call, an int (lock-step) or a tensor (streams,). ``delay``
     and ``stride``: the first-output step and total stride of everything before the layer, so frame ``t`` of the
     stream reaches it exactly when ``t >= delay`` and ``(t - delay) % stride == 0``. ``active``: streams that have a
-    frame (None: all). ``inplace``: whether preallocated memories may be written.
+    frame (None: all). ``inplace``: whether preallocated memories may be written. ``warm``: every stream has filled
+    every memory, so that nothing need be masked for want of frames (phases of a stride still are).
     """
 
     clock: int | Tensor
@@ -111,6 +112,7 @@ class Tick(NamedTuple):
     stride: int = 1
     active: Tensor | None = None
     inplace: bool = False
+    warm: bool = False
 
 
 def after(tick: Tick, span: Span) -> Tick:
@@ -149,7 +151,7 @@ def first_emission(tick: Tick, span: Span) -> int:
 
 def admit(x: Tensor, tick: Tick, fill: float = 0.0) -> Tensor:
     """Frames that do not exist yet count as ``fill``. x: (streams, C, ...) for a step; no-op in lock-step."""
-    if is_lockstep(tick) or (tick.delay == 0 and tick.stride == 1):
+    if is_lockstep(tick) or (tick.stride == 1 and (tick.warm or tick.delay == 0)):
         return x
     return torch.where(_per_stream(is_live(tick), x), x, fill)
 
@@ -173,7 +175,7 @@ def keep(new: Tensor, old: Tensor, tick: Tick) -> Tensor:
 
 def keep_unless_live(new: Tensor, old: Tensor, tick: Tick) -> Tensor:
     """As :func:`keep`, for memories that a frame of fill would change (recurrent states)."""
-    if is_lockstep(tick) or (tick.stride == 1 and tick.delay == 0):
+    if is_lockstep(tick) or (tick.stride == 1 and (tick.warm or tick.delay == 0)):
         return new
     return torch.where(_per_stream(is_live(tick), new), new, old)
 
