@@ -2,6 +2,7 @@
 
     python benchmarks/flexdit_quality.py --data FOLDER --out runs/flexdit_quality
     python benchmarks/flexdit_quality.py --data FOLDER --out runs/smoke --smoke
+    python benchmarks/flexdit_quality.py --data FOLDER --out runs/flexdit_quality --ship   # fp16 files into the zoo
 
 Stages, each kept in ``--out`` and skipped when it is there already: a classifier; a dense DiT; from it, with the same
 further budget each, the dense DiT trained on and one FlexDiT per variant; samples and scores. The Frechet and kernel
@@ -12,6 +13,7 @@ of samples a model.
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 from statistics import mean, stdev
@@ -29,10 +31,13 @@ from sparing.media.image import write_image
 from sparing.recipes.finetune_flexdit import FlexDiTSettings, default_fit_settings, finetune
 from sparing.recipes.train_vision import write_json
 from sparing.training import MemoryBatches, TensorImages, open_images
+from sparing.zoo.weights import SHIPPED
 
 # name -> layout and density table; a depth of 12 blocks. 'b_split' is the split published for 12 layers.
 _B_SPLIT = {"num_pooling": 1, "num_sdtm": 2, "sdtm_group": [1, 2, 1, 1], "num_dense_top": 1}
 _LONG = {"num_pooling": 1, "num_sdtm": 1, "sdtm_group": [1, 8, 1, 0], "num_dense_top": 1}
+_TWO_LONG = {"num_pooling": 1, "num_sdtm": 2, "sdtm_group": [1, 3, 1, 0], "num_dense_top": 1}
+_ONE_LONG = {"num_pooling": 0, "num_sdtm": 1, "sdtm_group": [1, 9, 1, 0], "num_dense_top": 1}
 _DENSE = {"num_pooling": 0, "num_sdtm": 0, "sdtm_group": [1, 2, 1, 1], "num_dense_top": 12}
 
 
@@ -45,6 +50,8 @@ def variants(side: int) -> dict[str, tuple[dict[str, Any], Any]]:
         f"b_split_{third}x{third}": (_B_SPLIT, third),
         "b_split_schedule": (_B_SPLIT, [(0, half), (500, third)]),
         f"long_{third}x{third}": (_LONG, third),
+        f"two_long_{third}x{third}": (_TWO_LONG, third),
+        f"one_long_{half}x{half}": (_ONE_LONG, half),
     }
 
 
@@ -178,7 +185,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="variants to run; all when not given")
     parser.add_argument("--limit", type=int, default=0, help="training images to use, 0 = all")
     parser.add_argument("--smoke", action="store_true", help="sizes that run in a minute; its numbers mean nothing")
+    parser.add_argument("--ship", action="store_true", help="write the models of --out into the zoo, train nothing")
     arguments = parser.parse_args()
+    if arguments.ship:
+        ship(arguments.out)
+        return
     if arguments.smoke:
         small = {"width": 32, "epochs": 1, "finetune_epochs": 1, "samples": 40, "seeds": 2, "steps": 2, "limit": 512}
         vars(arguments).update(small)
@@ -245,6 +256,41 @@ def main() -> None:
         write_json(out / "results.json", results)
         (out / "table.md").write_text(table_of(results), encoding="utf-8")
     print((out / "table.md").read_text(encoding="utf-8"))
+
+
+SHIPPED_NAMES = {
+    "dense": "dit_micro_patch4_28.demo_fashion",
+    "b_split_3x3": "flexdit_dit_micro_patch4_28.demo_fashion",
+    "two_long_3x3": "flexdit_dit_micro_patch4_28_low.demo_fashion",
+}
+
+
+def ship(out: Path) -> None:
+    """The finished models of ``out`` as float16 weights of the zoo, with their cards."""
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    settings, dense = results["settings"], results["models"]["dense"]
+    for row, name in SHIPPED_NAMES.items():
+        model = FlexDiTTransformer2DModel.from_pretrained(out / row).half()
+        path = SHIPPED / f"{name}.safetensors"
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+        found = results["models"][row]
+        measured = {
+            "classifier_fid": round(mean(found["fid"]), 3),
+            "classifier_fid_of_dense": round(mean(dense["fid"]), 3),
+            "class_accuracy_percent": round(100 * mean(found["accuracy"]), 2),
+            "reference_macs": round(1e9 * found["gmacs"]),
+            "share_of_dense_macs": round(found["share_of_dense"], 3),
+            "file_bytes": path.stat().st_size,
+            "weights_dtype": "float16",
+        }
+        card = {
+            "training": f"benchmarks/flexdit_quality.py --width {settings['width']} --epochs {settings['epochs']} "
+            f"--finetune_epochs {settings['finetune_epochs']}: dense from scratch, then {row} from it",
+            "license": {"code": "apache-2.0", "weights": "apache-2.0", "data": "mit"},
+            "measured": measured,
+        }
+        write_json(SHIPPED / f"{name}.json", card)
+    print(f"shipped {', '.join(SHIPPED_NAMES.values())}")
 
 
 def table_of(results: dict[str, Any]) -> str:

@@ -237,6 +237,27 @@ _add(
     },
     loader="keys only",
 )
+# the small pair in pixel space, trained by benchmarks/flexdit_quality.py
+_add(
+    "sparing.diffusion.micro",
+    "class-conditional-generation",
+    None,
+    {"dit_micro_patch4_28.demo_fashion": {"params": 929_056}},
+    **_DEMO,
+)
+_add(
+    "sparing.diffusion.micro",
+    "class-conditional-generation",
+    "flexdit",
+    {
+        f"flexdit_dit_micro_patch4_28{_low}.demo_fashion": {
+            "params": 937_376,
+            "host": "dit_micro_patch4_28.demo_fashion",
+        }
+        for _low in ("", "_low")
+    },
+    **_DEMO,
+)
 METHODS["flexdit"] = "sparing.diffusion.flexdit:FlexDiTTransformer2DModel"
 METHODS["flexdit_pixart"] = "sparing.diffusion.flexdit_pixart:FlexDiTPixArtTransformer2DModel"
 METHODS["flexdit_video"] = "sparing.diffusion.flexdit_video:FlexDiTVideoTransformer3DModel"
