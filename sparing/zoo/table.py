@@ -73,13 +73,16 @@ def _add(module: str, task: str, method: str | None, rows: Mapping[str, Mapping[
 
 
 def find_entry(name: str) -> Entry:
-    """The entry of a name.
+    """The entry of a name; a bare name that has none of its own stands for its first tag.
 
     Raises:
         ValueError: the name is unknown; the message names the closest ones.
     """
     if name in MODELS:
         return MODELS[name]
+    for tagged, entry in MODELS.items():
+        if name == tagged.partition(".")[0]:
+            return entry
     raise ValueError(
         f"unknown model {name!r}; {closest(name, MODELS) or 'see sparing.list_models()'}; "
         "hosts are named timm/NAME, torchvision/NAME, open_clip/NAME"
