@@ -8,8 +8,8 @@ Stages, each kept in ``--out`` and skipped when it is there already:
   the same NFE spent on more denoising steps of one sample. Bands are 95% bootstrap intervals over the searches.
 * ``judge``: best of n, n = 1..64, as its own verifier sees it and as a judge sees it that took no part: a small
   convolutional network, of another architecture and trained apart from the verifier.
-* ``drafts``: best of 8 by full runs, against drafts (a FlexDiT twin, a step cache, fewer steps) that rank the same eight
-  noises, of which only the winner is run in full: share of the gain kept (spread over run seeds), share of
+* ``drafts``: best of 8 by full runs, against drafts (a FlexDiT twin, a step cache, fewer steps) that rank the same
+  eight noises, of which only the winner is run in full: share of the gain kept (spread over run seeds), share of
   the cost, rank correlation; 30 searches (10 classes x 3 run seeds).
 
 Verifiers: ``classifier``, the log-probability of the wanted class by the shipped ViT; ``sharpness``, which asks no

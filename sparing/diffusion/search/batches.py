@@ -218,6 +218,7 @@ class BatchRunner:
         self, candidates: list[Candidate], samples: Tensor, sampler: Sampler, known: set[Key], *, finished: bool
     ) -> None:
         previews = preview(samples, sampler.kind) if self.previews else None
+        offered = []
         for i, candidate in enumerate(candidates):
             if previews is not None:
                 candidate.preview = previews[i]
@@ -227,6 +228,10 @@ class BatchRunner:
                 if finished:
                     self.keeper.offer(self.log.known[key], None)
             elif finished and self.keeper.offer(candidate, samples[i]):
+                offered.append(candidate)
+        for candidate in offered:  # those that a later one of the batch displaced never reach the disk
+            key = candidate.prompt, candidate.id
+            if key in self.keeper.samples:
                 candidate.kept = True
                 candidate.file = self.log.save_sample(key, self.keeper.samples[key], sampler.kind)
 

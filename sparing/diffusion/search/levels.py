@@ -87,7 +87,8 @@ def probe(scheduler: Any) -> Levels:
     """Levels of a scheduler whose ``set_timesteps`` was called; it is left untouched.
 
     A fresh copy answers for every index: after a step ``add_noise`` ignores its timestep in favour of the step index,
-    and FlowMatchHeun latches onto the first index that it is asked for.
+    and FlowMatchHeun latches onto the first index that it is asked for. What they latch onto are numbers, so the copies
+    may share their tables.
 
     Raises:
         ValueError: the scheduler has neither ``add_noise``, ``scale_noise`` nor sigmas to read, or its levels obey no
@@ -96,7 +97,8 @@ def probe(scheduler: Any) -> Levels:
     name = type(scheduler).__name__.removeprefix("Windowed")
     flow = hasattr(scheduler, "scale_noise")
     if flow or hasattr(scheduler, "add_noise"):
-        pairs = [_ask(scheduler, timestep, flow) for timestep in scheduler.timesteps]
+        fresh = forget_position(copy.deepcopy(scheduler))
+        pairs = [_ask(fresh, timestep, flow) for timestep in scheduler.timesteps]
     else:
         pairs = _from_sigmas(scheduler, name)
     family = classify(pairs, prefer="flow" if flow else "vp")
@@ -106,14 +108,12 @@ def probe(scheduler: Any) -> Levels:
 
 
 def _ask(scheduler: Any, timestep: Tensor, flow: bool) -> tuple[float, float]:
-    one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
-
-    def noised(clean: Tensor, noise: Tensor) -> float:
-        fresh = forget_position(copy.deepcopy(scheduler))
-        when = timestep.reshape(1).cpu()
-        return float(fresh.scale_noise(clean, when, noise) if flow else fresh.add_noise(clean, noise, when))
-
-    return noised(one, zero), noised(zero, one)
+    fresh = copy.copy(scheduler)
+    clean, noise = torch.eye(2, dtype=torch.float64).split(1, dim=1)  # a one without noise, the noise of a one
+    when = timestep.reshape(1).cpu()
+    noised = fresh.scale_noise(clean, when, noise) if flow else fresh.add_noise(clean, noise, when)
+    a, b = noised.flatten().tolist()
+    return a, b
 
 
 def _from_sigmas(scheduler: Any, name: str) -> list[tuple[float, float]]:

@@ -129,7 +129,7 @@ class Sampler:
         self.order = int(getattr(plain, "order", 1))
         self.start_scale = float(plain.init_noise_sigma) if window.scaled else 1.0
         eta = {name: self.call.kwargs[name] for name in ("eta", "s_churn") if name in self.call.kwargs}
-        self.stochastic = draws_noise(plain_scheduler(scheduler), (1, *self.shape), **eta)
+        self.stochastic = draws_noise(plain, (1, *self.shape), **eta)
         try:
             self.levels: Levels | None = probe(plain)
         except ValueError:
