@@ -1,4 +1,4 @@
-"""``sparing stream``: several videos through one continual network."""
+"""``sparing stream``: several videos, cameras or recordings through one continual network."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +10,16 @@ from sparing.cli.app import app
 
 @app.command()
 def stream(
-    videos: Annotated[list[Path], typer.Argument(metavar="VIDEO...", help="Video files, watched side by side.")],
-    model: Annotated[str, typer.Option(help="A continual network of the zoo.")] = "co_x3d_s",
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Video files, cameras (0, /dev/video0) and addresses (rtsp://...); or sound files. Followed together.",
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option(help="A continual network of the zoo, or a folder of the recipe train_clip.")
+    ] = "co_x3d_micro",
     checkpoint: Annotated[Path | None, typer.Option(help="Its weights, under published or our keys.")] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Run without weights.")] = False,
     window: Annotated[int | None, typer.Option(min=1, help="Frames that the head pools.")] = None,
@@ -21,10 +29,10 @@ def stream(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write all predictions as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the best scores over time.")] = None,
 ) -> None:
-    """Watch videos as live streams; prints scores as they come, and predictions per second."""
+    """Follow videos or recordings as live streams; prints scores as they come, and predictions per second."""
     from sparing.recipes.stream import main
 
-    arguments = [*map(str, videos), "--model", model, "--every", str(every), "--topk", str(topk)]
+    arguments = [*sources, "--model", model, "--every", str(every), "--topk", str(topk)]
     optional = {
         "--checkpoint": checkpoint,
         "--window": window,

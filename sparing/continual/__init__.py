@@ -8,6 +8,7 @@ from sparing.continual.delay import Delay, Skip
 from sparing.continual.encoder import TransformerEncoder, encoder_filter_fn
 from sparing.continual.export import export_onnx, export_step
 from sparing.continual.folding import fold_batch_norm
+from sparing.continual.log_mel import LogMel, hops_of
 from sparing.continual.module import Continual, Plan, Stream
 from sparing.continual.per_frame import Flatten, LayerNorm, Linear, PerFrame, Softmax
 from sparing.continual.pool import (
@@ -48,6 +49,7 @@ __all__ = [
     "Flatten",
     "LayerNorm",
     "Linear",
+    "LogMel",
     "MaxPool1d",
     "MaxPool2d",
     "MaxPool3d",
@@ -72,6 +74,7 @@ __all__ = [
     "export_step",
     "fold_batch_norm",
     "gather",
+    "hops_of",
     "leaves",
     "load_state",
     "named_sequential",

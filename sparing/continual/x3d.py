@@ -36,6 +36,8 @@ SE_SCOPES = ("frame", "clip", "causal")
 # size -> clip frames, image size, depth factor
 SIZES = {"xs": (4, 160, 2.2), "s": (13, 160, 2.2), "m": (16, 224, 2.2), "l": (16, 312, 5.0)}
 _BASE_DEPTHS = (1, 2, 5, 3)
+# What the shipped small network tells apart (sparing/recipes/emoji_motions.py).
+MOTION_LABELS = ("blink", "down", "grow", "left", "right", "shake", "shrink", "still", "turn", "up")
 
 
 def round_width(width: float, multiplier: float, *, divisor: int = 8) -> int:
@@ -245,7 +247,7 @@ class CoX3D(Chain, nn.Module):
     ) -> None:
         super().__init__()
         eps, window = batch_norm_eps, temporal_window_size
-        self.image_size = image_size
+        self.image_size, self.num_classes = image_size, num_classes
         stem = round_width(conv1_dim, width_factor)
         stem_parts: dict[str, nn.Module] = {
             "conv_xy": Conv3d(in_channels, stem, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1), bias=False),
@@ -291,6 +293,14 @@ class CoX3D(Chain, nn.Module):
             "scores": Scores(head_activation),
         }
         self.head = named_sequential(**head_parts)
+        # As the published networks were trained (Kinetics); what prepares frames for a stream reads it.
+        self.pretrained_cfg = {
+            "kind": "video",
+            "image_size": image_size,
+            "clip_frames": window,
+            "mean": (0.45, 0.45, 0.45),
+            "std": (0.225, 0.225, 0.225),
+        }
         self._initialise()
 
     def _initialise(self) -> None:
@@ -363,3 +373,21 @@ def co_x3d_m(pretrained: bool = False, **kwargs: Any) -> CoX3D:
 def co_x3d_l(pretrained: bool = False, **kwargs: Any) -> CoX3D:
     """X3D-L: 16 frames at 312 pixels."""
     return _build("l", kwargs)
+
+
+@register_model
+def co_x3d_micro(pretrained: bool = False, **kwargs: Any) -> CoX3D:
+    """X3D's shape at a size that trains on one CPU core: 12 frames at 32 pixels, 5 blocks, half the width."""
+    sizes = {
+        "image_size": 32,
+        "temporal_window_size": 12,
+        "num_classes": len(MOTION_LABELS),
+        "width_factor": 1.0,
+        "depth_factor": 0.3,
+        "conv5_dim": 256,
+        "dropout": 0.2,
+    }
+    network = CoX3D(**{**sizes, **kwargs})  # type: ignore[arg-type]
+    if network.num_classes == len(MOTION_LABELS):
+        network.pretrained_cfg["label_names"] = MOTION_LABELS
+    return network

@@ -50,7 +50,8 @@ def read_emoji(path: str | Path, groups: Sequence[str] = GROUPS) -> dict[str, li
                 if kind == "png":
                     pictures[key] = file.read()
                 elif kind == "json" and key in pictures:
-                    group = json.loads(file.read()).get("group")
+                    # written "smileys & emotion" or, as emojibase's keys, "smileys-emotion"
+                    group = str(json.loads(file.read()).get("group")).replace("-", " & ")
                     seen.add(group)
                     if group in found:
                         found[group].append(Image.open(io.BytesIO(pictures.pop(key))).convert("RGBA"))

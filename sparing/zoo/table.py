@@ -314,3 +314,19 @@ _add(
     },
     loader="keys only",
 )
+METHODS["continual"] = "sparing.continual.twin:ContinualTwin"
+# two small ones trained by recipes/train_clip.py and shipped
+_add(
+    "sparing.continual.spotter",
+    "audio-event-detection",
+    "continual",
+    {"co_spotter_micro.demo_digits": {"params": 154843}},
+    **{**_DEMO, "license_weights": "cc-by-sa-4.0", "license_data": "cc-by-sa-4.0", "notes": "spoken digits, 8 kHz"},
+)
+_add(
+    "sparing.continual.x3d",
+    "video-classification",
+    "continual",
+    {"co_x3d_micro.demo_motions": {"params": 166086}},
+    **{**_DEMO, "license_data": "apache-2.0", "notes": "motions of emoji, 12 frames of 32 x 32"},
+)

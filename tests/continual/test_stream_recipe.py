@@ -8,33 +8,28 @@ import torch
 from continual.test_networks import tiny_x3d
 from typer.testing import CliRunner
 
-from sparing.media.video import read_frames
+from sparing.media.video import read_frames, write_video
 from sparing.recipes import stream
 
-av = pytest.importorskip("av")
+pytest.importorskip("av")
 
 
-def write_video(path, frames, seed):
-    generator = np.random.default_rng(seed)
-    with av.open(str(path), "w") as container:
-        track = container.add_stream("mpeg4", rate=10)
-        track.width, track.height, track.pix_fmt = 48, 40, "yuv420p"
-        for _ in range(frames):
-            image = generator.integers(0, 255, (40, 48, 3), dtype=np.uint8)
-            container.mux(track.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(track.encode())
-    return path
+def video(path, frames, seed):
+    pictures = np.random.default_rng(seed).integers(0, 255, (frames, 3, 40, 48), dtype=np.uint8)
+    return write_video(torch.from_numpy(pictures), path, rate=10)
 
 
 def test_videos_of_different_length_are_watched_side_by_side(tmp_path):
     network = tiny_x3d()
-    paths = [write_video(tmp_path / "a.mp4", 18, 0), write_video(tmp_path / "b.mp4", 12, 1)]
+    paths = [video(tmp_path / "a.mp4", 18, 0), video(tmp_path / "b.mp4", 12, 1)]
     both = list(stream.watch(paths, network, size=32, topk=5))
     delay = network.plan().first_output_step
     for index, (path, length) in enumerate(zip(paths, (18, 12))):
         mine = [row for row in both if row.stream.startswith(f"{index}:")]
         assert [row.frame for row in mine] == list(range(delay, length))
-        frames = torch.stack([stream.prepare(frame, 32) for frame in read_frames(path)], 1)[None]
+        frames = torch.stack([stream.prepare(frame, network.pretrained_cfg, 32) for frame in read_frames(path)], 1)[
+            None
+        ]
         with torch.no_grad():
             want = network(frames, se="stream")[0]
         for i, row in enumerate(mine):
@@ -64,7 +59,7 @@ def test_unreadable_files_give_one_line_and_exit_code_2(tmp_path):
 def test_the_recipe_writes_json_and_a_plot(tmp_path, monkeypatch, capsys):
     network = tiny_x3d()
     monkeypatch.setattr(stream, "load_network", lambda *args, **options: network)
-    path = write_video(tmp_path / "a.mp4", 13, 0)
+    path = video(tmp_path / "a.mp4", 13, 0)
     stream.main([str(path), "--json", str(tmp_path / "s.json"), "--plot", str(tmp_path / "s.png"), "--random-weights"])
     rows = json.loads((tmp_path / "s.json").read_text())
     assert [row["frame"] for row in rows] == list(range(network.plan().first_output_step, 13))
