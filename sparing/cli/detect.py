@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sparing.cli.app import app
-from sparing.cli.options import Device
+from sparing.cli.options import Device, parse_device
 
 
 @app.command()
@@ -23,7 +23,8 @@ def detect(
     from sparing.recipes.detect import report
     from sparing.vision.detection import load_detector
 
-    detector = load_detector(weights, device=device)
+    place = parse_device(device)
+    detector = load_detector(weights, device=place)
     found, failures = detect_files(detector, paths, out=out, threshold=threshold)
     if code := report(found, failures, json_file=json_file, detector=detector):
         raise typer.Exit(code)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from sparing.cli.app import app
-from sparing.cli.options import Device, JsonFile, write_json
+from sparing.cli.options import Device, JsonFile, parse_device, write_json
 
 
 @app.command()
@@ -42,7 +42,7 @@ def generate(
         batch_size=batch,
         seed=seed,
         vae=vae,
-        device=device,
+        device=str(parse_device(device)) if device else None,
         enlarge=enlarge,
     )
     result = {"out": str(out), "images": len(made["images"]), "status": made["status"], "seeds": made["seeds"]}

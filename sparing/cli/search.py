@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sparing.cli.app import app
-from sparing.cli.options import Device, JsonFile, write_json
+from sparing.cli.options import Device, JsonFile, parse_device, write_json
 
 _ALGORITHMS = "random, halving, zero_order, paths, smc, evolutionary"
 _VERIFIERS = (
@@ -73,7 +73,7 @@ def search(
             seed=seed,
             batch_size=batch,
             vae=vae,
-            device=str(device or ""),
+            device=str(parse_device(device)) if device else "",
             force=force,
         )
     )
