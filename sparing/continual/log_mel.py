@@ -10,6 +10,7 @@ complex numbers.
 """
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -59,26 +60,41 @@ class LogMel(Continual, nn.Module):
             raise ValueError(f"n_fft must be a multiple of hop, got n_fft {n_fft} and hop {hop}")
         if num_mels < 1 or floor <= 0:
             raise ValueError(f"num_mels must be at least 1 and floor positive, got {num_mels} and {floor}")
+        self.num_mels, self.sample_rate, self.hop, self.n_fft, self.floor = num_mels, sample_rate, hop, n_fft, floor
+        self._range = (f_min, f_max or sample_rate / 2)
+        device = torch.get_default_device()
+        for name, table in zip(("basis", "filters"), self._tables()):
+            self.register_buffer(name, table.to(device), persistent=False)
+
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        """(n_fft, 2 * frequencies) windowed cosines and sines, and (frequencies, num_mels) filters, float32 on the CPU:
+        torchaudio reads the filters' values, and the meta device has none."""
         from torchaudio.functional import melscale_fbanks
 
-        self.num_mels, self.sample_rate, self.hop, self.n_fft, self.floor = num_mels, sample_rate, hop, n_fft, floor
-        with torch.device("cpu"):  # torchaudio reads the filters' values, which none have on the meta device
-            window = torch.hann_window(n_fft, periodic=True, dtype=torch.float64)
-            turns = torch.outer(torch.arange(n_fft), torch.arange(n_fft // 2 + 1)) * (2 * torch.pi / n_fft)
+        with torch.device("cpu"):
+            window = torch.hann_window(self.n_fft, periodic=True, dtype=torch.float64)
+            turns = torch.outer(torch.arange(self.n_fft), torch.arange(self.n_fft // 2 + 1)) * (
+                2 * torch.pi / self.n_fft
+            )
             waves = torch.cat([turns.double().cos(), turns.double().sin()], 1) * window[:, None]
-            filters = melscale_fbanks(n_fft // 2 + 1, f_min, f_max or sample_rate / 2, num_mels, sample_rate)
-        device = torch.get_default_device()
-        self.register_buffer("basis", waves.float().to(device), persistent=False)  # (n_fft, 2 * frequencies)
-        self.register_buffer("filters", filters.to(device), persistent=False)  # (frequencies, num_mels)
+            filters = melscale_fbanks(self.n_fft // 2 + 1, *self._range, self.num_mels, self.sample_rate)
+        return waves.float(), filters
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Tables follow the module to other devices and stay float32; off the meta device they are made anew."""
+        super()._apply(fn, recurse)
+        self.basis, self.filters = (table.to(self.basis.device) for table in self._tables())
+        return self
 
     def _span(self) -> Span:
         return kernel_span(self.n_fft // self.hop, name=type(self).__name__)
 
     def _spectra(self, windows: Tensor) -> Tensor:
         """(..., n_fft) samples to (..., num_mels)."""
-        waves = windows.float() @ self.basis.float()
-        power = waves.square().unflatten(-1, (2, self.n_fft // 2 + 1)).sum(-2)
-        return (power @ self.filters.float() + self.floor).log().to(windows.dtype)
+        with torch.autocast(windows.device.type, enabled=False):
+            waves = windows.float() @ self.basis
+            power = waves.square().unflatten(-1, (2, self.n_fft // 2 + 1)).sum(-2)
+            return (power @ self.filters + self.floor).log().to(windows.dtype)
 
     def _memory(
         self, streams: int, frame_shape: tuple[int, ...], make: Callable[..., Tensor]

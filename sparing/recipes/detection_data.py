@@ -7,6 +7,7 @@ checked when the set is opened, so that a bad one is named before training start
 
 import io
 import json
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -80,6 +81,7 @@ def _coco(path: Path, images: Path) -> DetectionSet:
         raise ValueError(f"{str(path)!r} is empty: {len(pictures)} images, {len(annotations)} annotations")
     label_of = {category["id"]: number + 1 for number, category in enumerate(categories)}
     by_image: dict[int, list[dict[str, Any]]] = {picture["id"]: [] for picture in pictures}
+    flat: list[Any] = []
     for item in annotations:
         said = f"annotation {item.get('id')} of {str(path)!r}"
         if item.get("iscrowd"):
@@ -94,11 +96,23 @@ def _coco(path: Path, images: Path) -> DetectionSet:
         if "bbox" not in item:
             what = "a mask without a box" if item.get("segmentation") else "no box"
             raise ValueError(f"{said} has {what}: 'bbox' [left, top, width, height] is needed")
-        if len(item["bbox"]) != 4 or min(item["bbox"][2:]) <= 0:
+        if len(item["bbox"]) != 4 or min(item["bbox"][2:]) < 0:
             raise ValueError(
                 f"{said} has the box {item['bbox']}: [left, top, width, height] with positive sides is needed"
             )
+        if min(item["bbox"][2:]) == 0:  # COCO's own training set has two of these
+            flat.append(item.get("id"))
+            continue
+        if not _is_mask(item.get("segmentation")):
+            raise ValueError(
+                f"{said} has a mask that is neither polygons of 3 or more points nor run lengths with size"
+            )
         by_image[item["image_id"]].append(item)
+    if flat:
+        warnings.warn(
+            f"{str(path)!r}: {len(flat)} boxes of zero width or height are left out (annotation {flat[0]} first)",
+            stacklevel=3,
+        )
     for picture in pictures:
         if not (images / picture["file_name"]).is_file():
             raise FileNotFoundError(
@@ -128,6 +142,13 @@ def _coco(path: Path, images: Path) -> DetectionSet:
         return image, target
 
     return DetectionSet(str(path), [category["name"] for category in categories], len(kept), has_masks, sample)
+
+
+def _is_mask(shape: Any) -> bool:
+    """Whether this is a COCO segmentation: polygons, run lengths, or none at all."""
+    if isinstance(shape, dict):
+        return {"counts", "size"} <= set(shape)
+    return not shape or all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in shape)
 
 
 # ---- Penn-Fudan ------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from timm.layers import Format
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
@@ -99,12 +100,29 @@ class _Intermediates(nn.Module):
     def __init__(self, model: nn.Module, indices: list[int]) -> None:
         super().__init__()
         self.model, self.indices = model, indices
+        size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+        self.own_size = tuple(size[-2:]) if size else None
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        maps: list[Tensor] = self.model.forward_intermediates(
+        if torch.compiler.is_compiling() or tuple(images.shape[-2:]) == self.own_size:
+            return self._maps(images)
+        try:
+            return self._maps(images)
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, IndexError, RuntimeError) as error:
+            own = "another size" if self.own_size is None else "x".join(map(str, self.own_size))
+            raise ValueError(
+                f"{type(self.model).__name__} was built for images of {own} and fails on "
+                f"{'x'.join(map(str, images.shape[-2:]))} ({' '.join(str(error).split())}): build it with "
+                "dynamic_img_size=True or strict_img_size=False where timm offers that, let the detector resize to its "
+                "size (fixed_size=), or take another backbone"
+            ) from error
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        return self.model.forward_intermediates(
             images, indices=self.indices, output_fmt="NCHW", intermediates_only=True
         )
-        return maps
 
 
 class _Channels(nn.Module):
@@ -130,7 +148,9 @@ def timm_fpn(
 
     Args:
         host_or_twin: a dense STViT-R, a timm ``features_only`` model, a hierarchical timm model (Swin, ConvNeXt,
-            ResNet), or a plain ViT or its STViT-R twin (simple pyramid).
+            ResNet), or a plain ViT or its STViT-R twin (simple pyramid). ViTs, Swins and Swin-V2s are freed of their
+            image size; other models with a fixed one (BEiT, MaxViT, EVA, unless built with ``dynamic_img_size=True``)
+            say so at the first image of another size.
         out_channels: width of every level.
         levels: which of the backbone's levels to use, 0 = finest (stride 4 for Swin).
         extra: 'pool' (max-pooled last level, for two-stage detectors), 'p6p7' (RetinaNet, FCOS), 'none'.
@@ -169,6 +189,8 @@ def _body(model: nn.Module) -> tuple[nn.Module, list[int]]:
                 f"{model.patch_embed.patch_size[0]}): use its STViT-R twin, which restores the map"
             )
         return _Intermediates(model, [len(strides) - 1]), [info[-1]["num_chs"]]
+    if len(set(strides)) == 1:  # one resolution throughout (XCiT, EVA, BEiT): plain like a ViT
+        return _Intermediates(model, [len(strides) - 1]), [info[-1]["num_chs"]]
     return _Intermediates(model, list(range(len(strides)))), [entry["num_chs"] for entry in info]
 
 
@@ -179,7 +201,7 @@ def _lift_image_size(model: nn.Module) -> None:
         embed.strict_img_size, embed.dynamic_img_pad = False, True
         embed.flatten, embed.output_fmt = False, Format.NHWC
         model.dynamic_img_size = True
-    elif isinstance(model, SwinTransformer):
+    elif isinstance(model, SwinTransformer | SwinTransformerV2):
         model.patch_embed.strict_img_size, model.patch_embed.dynamic_img_pad = False, True
         for stage in model.layers:
             for block in stage.blocks:

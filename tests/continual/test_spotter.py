@@ -50,6 +50,55 @@ def test_steps_and_chunks_of_a_spotter_are_its_clip_form(lockstep):
     torch.testing.assert_close(torch.cat([first, second], 2), want, atol=1e-5, rtol=1e-5)
 
 
+def test_tables_stay_float32_and_come_back_from_the_meta_device():
+    samples = torch.randn(1, 64 * 9)
+    want = co.LogMel(12, hop=64, n_fft=128)(co.hops_of(samples.bfloat16().float(), 64))
+    half = co.LogMel(12, hop=64, n_fft=128).bfloat16()
+    torch.testing.assert_close(half(co.hops_of(samples.bfloat16(), 64)), want.bfloat16(), atol=0, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = co.LogMel(12, hop=64, n_fft=128)(co.hops_of(samples.bfloat16().float(), 64))
+    torch.testing.assert_close(again, want, atol=0, rtol=0)
+    with torch.device("meta"):
+        empty = co.LogMel(12, hop=64, n_fft=128)
+    got = empty.to_empty(device="cpu")(co.hops_of(samples.bfloat16().float(), 64))
+    torch.testing.assert_close(got, want, atol=0, rtol=0)
+
+
+def test_a_spotter_compiles_to_one_graph_and_exports():
+    network = tiny_spotter()
+    frames = co.hops_of(torch.randn(2, 64 * 12), 64)
+    step = torch.compile(network.step, backend="aot_eager", fullgraph=True)
+    program, _ = co.export_step(network, (64,))
+    state = other = network.init_state(2, (64,))
+    exported = (other.clock, *(leaf for _, leaf in co.leaves(other.memory)))
+    with torch.no_grad():
+        for frame in frames.unbind(2):
+            want, valid, state_next = network.step(frame, state)
+            y, _, state = step(frame, state)
+            z, _, *exported = program.module()(frame, *exported)
+            torch.testing.assert_close(y, want)
+            torch.testing.assert_close(z, want)
+            state = state_next
+    assert bool(valid.all())
+
+
+def test_a_torchvision_network_becomes_a_twin_that_is_saved_and_comes_back(tmp_path):
+    import torchvision
+
+    from sparing.continual.twin import ContinualTwin
+
+    torch.manual_seed(0)
+    host = torchvision.models.video.mc3_18(num_classes=5).eval()
+    twin = sparing.twin(host, "continual", pool_window=1)
+    assert twin.status == "training-free"
+    twin.save_pretrained(tmp_path / "mc3")
+    back = sparing.load(tmp_path / "mc3")
+    frames = torch.rand(1, 3, 12, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(back.eval()(frames), co.convert(host, pool_window=1)(frames), atol=0, rtol=0)
+    assert ContinualTwin.why_not(torch.nn.LSTM(3, 3, bidirectional=True))
+
+
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="multiple of hop, got n_fft 300 and hop 128"):
         co.LogMel(n_fft=300)

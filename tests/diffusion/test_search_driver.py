@@ -69,6 +69,15 @@ def test_random_search_runs_on_every_pipeline_and_leaves_it_alone(name):
     assert len({candidate.score for candidate in result.candidates}) == 3
 
 
+def test_only_the_winner_of_a_batch_reaches_the_disk(tmp_path):
+    def rising(samples, prompts):
+        return torch.arange(float(len(samples)))
+
+    result = search("dit", Random(6), rising, batch_size=6, out_dir=tmp_path, keep="best")
+    assert [candidate.kept for candidate in result.candidates] == [False] * 5 + [True]
+    assert {path.stem for path in (tmp_path / "samples").iterdir()} == {"p0_c5"}
+
+
 @pytest.mark.parametrize("algorithm", algorithms(), ids=lambda a: a.name)
 def test_every_algorithm_counts_what_it_costs_and_never_gets_worse(algorithm):
     result = search("dit", algorithm, scheduler=DDIMScheduler())

@@ -240,13 +240,27 @@ def broken(scenes, tmp_path, change):
         (lambda c: c.update(images=[], annotations=[]), ValueError, "is empty: 0 images, 0 annotations"),
         (lambda c: c["annotations"][0].update(category_id=99), ValueError, r"class id 99, outside the 5 declared"),
         (lambda c: c["annotations"][0].update(image_id=77), ValueError, "names image 77, which the file does not list"),
-        (lambda c: c["annotations"][0].update(bbox=[1, 2, 0, 4]), ValueError, "with positive sides"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, -3, 4]), ValueError, "with positive sides"),
+        (lambda c: c["annotations"][0].update(segmentation=[[1, 1, 2, 2]]), ValueError, "polygons of 3 or more points"),
+        (lambda c: c["annotations"][0].update(segmentation={"counts": "a"}), ValueError, "run lengths with size"),
         (lambda c: c.pop("categories"), ValueError, "is no COCO instances file"),
     ],
 )
 def test_annotations_that_do_not_hold_are_named_before_training(scenes, tmp_path, change, error, message):
     with pytest.raises(error, match=message):
         open_detection(broken(scenes, tmp_path, change), split="train")
+
+
+def test_boxes_without_area_are_left_out_and_counted(scenes, tmp_path):
+    whole = open_detection(scenes, split="train")
+    folder = broken(scenes, tmp_path, lambda c: c["annotations"][0].update(bbox=[1, 2, 0, 4]))
+    with pytest.warns(UserWarning, match=r"1 boxes of zero width or height are left out \(annotation 1 first\)"):
+        data = open_detection(folder, split="train")
+
+    def count(given):
+        return sum(len(given.sample(index)[1]["boxes"]) for index in range(len(given)))
+
+    assert count(data) == count(whole) - 1
 
 
 def penn_fudan(path, names=("A1", "A2", "A3", "A4", "A5"), masks=None):

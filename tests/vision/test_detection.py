@@ -35,6 +35,14 @@ def vit(**kwargs) -> nn.Module:
     return timm.models.VisionTransformer(**{**sizes, **kwargs})
 
 
+def swin_v2() -> nn.Module:
+    model = timm.models.SwinTransformerV2(img_size=64, window_size=4, **SWIN)
+    for name, parameter in model.named_parameters():
+        if "norm1" in name or "norm2" in name:  # zeros at the start: every block would be the identity
+            nn.init.normal_(parameter)
+    return model
+
+
 BACKBONES = {
     "dense STViT-R": lambda: STViTR(**SWIN, dense=True),
     "dense twin of Swin": lambda: STViTR.from_host(swin(), dense=True),
@@ -42,6 +50,8 @@ BACKBONES = {
     "Swin features_only": lambda: timm.create_model(
         "swin_tiny_patch4_window7_224", features_only=True, img_size=(96, 160)
     ),
+    "Swin-V2": lambda: swin_v2(),
+    "XCiT": lambda: timm.create_model("xcit_nano_12_p16_224", num_classes=0),
     "ResNet": lambda: timm.create_model("resnet10t", num_classes=3),
     "ViT host": vit,
     "ViT, patch 14": lambda: vit(img_size=56, patch_size=14),
@@ -67,7 +77,7 @@ def test_every_backbone_gives_a_pyramid_of_equal_width_for_images_of_other_sizes
     )  # the user's model is untouched
 
 
-@pytest.mark.parametrize("name", ["dense STViT-R", "Swin host", "STViT-R twin of a ViT"])
+@pytest.mark.parametrize("name", ["dense STViT-R", "Swin host", "Swin-V2", "STViT-R twin of a ViT"])
 @torch.no_grad()
 def test_an_image_alone_gives_what_it_gives_in_a_batch(name):
     torch.manual_seed(0)
@@ -146,6 +156,14 @@ def test_a_saved_detector_comes_back_with_its_twin_and_predicts_the_same(tmp_pat
     images = [torch.rand(3, 64, 64)]
     first, second = model(images)[0], back(images)[0]
     assert torch.equal(first["boxes"], second["boxes"])
+
+
+def test_a_backbone_of_a_fixed_image_size_works_at_it_and_says_so_at_another():
+    model = timm.create_model("mixer_s32_224", num_classes=0).eval()
+    backbone = timm_fpn(model, out_channels=8).eval()
+    assert list(backbone(torch.rand(1, 3, 224, 224))) == ["0", "1", "2", "3", "pool"]
+    with pytest.raises(ValueError, match=r"MlpMixer was built for images of 224x224 and fails on 96x160 \(Input"):
+        backbone(torch.rand(1, 3, 96, 160))
 
 
 @pytest.mark.parametrize(

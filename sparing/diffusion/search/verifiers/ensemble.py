@@ -6,6 +6,7 @@ the two that standardise compare candidates of one pool; their scores mean nothi
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -157,7 +158,7 @@ def _sum_name(terms: Sequence[tuple[float, Verifier]]) -> str:
     return text[3:] if text.startswith(" + ") else "-" + text[3:]
 
 
-class _Ensemble(_Combined):
+class _Ensemble(_Combined, ABC):
     """Weighted mean over members of scores made comparable within the pool."""
 
     def __init__(self, members: Sequence[Any], *, weights: Sequence[float] | None = None) -> None:
@@ -200,8 +201,9 @@ class _Ensemble(_Combined):
         return (weights.to(rows)[:, None] * rows).sum(dim=0) / weights.to(rows).sum()
 
     @staticmethod
+    @abstractmethod
     def _comparable(scores: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Raw scores ``(V, B)``, each row made comparable with the others."""
 
 
 class RankEnsemble(_Ensemble):
