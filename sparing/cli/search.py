@@ -11,7 +11,8 @@ from sparing.cli.options import Device, JsonFile, parse_device, write_json
 _ALGORITHMS = "random, halving, zero_order, paths, smc, evolutionary"
 _VERIFIERS = (
     "classifier, class_prob, clip, clip_class, aesthetic, brightness, colorfulness, compressibility, contrast, "
-    "entropy, sharpness, temporal_smoothness, clip_ratio, loudness, spectral_flatness"
+    "entropy, sharpness, self_consistency, denoising_error, temporal_smoothness, clip_ratio, loudness, "
+    "spectral_flatness"
 )
 
 

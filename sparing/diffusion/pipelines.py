@@ -167,17 +167,25 @@ class FlexDiTPipeline(DiTPipeline):
         return contextlib.nullcontext() if context is None else context("guided")
 
     def label_indices(self, class_labels: Sequence[int | str]) -> list[int]:
+        """Indices of classes given by index or by name, checked against the model; one alone counts as a list.
+
+        Raises:
+            ValueError: no class, an unknown name, or an index out of range.
+        """
         if isinstance(class_labels, (int, str)):
             class_labels = [class_labels]
         if not len(class_labels):
             raise ValueError("class_labels is empty; give at least one class")
+        classes = self.transformer.config.num_embeds_ada_norm
         indices: list[int] = []
         for label in class_labels:
             if isinstance(label, str):
-                indices += self.get_label_ids([label])
+                if label not in self.labels:
+                    names = ", ".join(self.labels) or f"none, give an index 0..{classes - 1}"
+                    raise ValueError(f"no class {label!r}; the model names {names}")
+                indices.append(self.labels[label])
             else:
                 indices.append(int(label))
-        classes = self.transformer.config.num_embeds_ada_norm
         outside = [index for index in indices if not 0 <= index < classes]
         if outside:
             raise ValueError(f"class {outside[0]} is out of range: the model has classes 0..{classes - 1}")

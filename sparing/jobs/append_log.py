@@ -1,25 +1,32 @@
 """An append-only log of JSON lines: the first line says what the job is, every further one what was done.
 
 A batch of lines is one write, flushed to the disk before ``append`` returns. Whatever kills the process, the file holds
-whole lines and at most one torn last one, which the next opening drops.
+whole lines and at most one torn last one, which the next opening drops. One process writes at a time: the file is
+locked (``flock``) while it is open.
 """
 
 import errno
+import fcntl
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["AppendLog", "LogMismatch", "differences", "read_log"]
+__all__ = ["AppendLog", "LogInUse", "LogMismatch", "differences", "read_log"]
 
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class LogMismatch(ValueError):
     """The log is of another job."""
+
+
+class LogInUse(ValueError):
+    """Another process writes the log, or another object of this one."""
 
 
 class AppendLog:
@@ -34,6 +41,7 @@ class AppendLog:
     ``records`` are the lines of earlier runs. A log of another job without a single record is begun anew.
 
     Raises:
+        LogInUse: it is open for writing already.
         LogMismatch: the file is of another job; the message names the fields that differ.
         ValueError: a line in the middle is no JSON object.
         OSError: the disk is full, or the file cannot be written; what it held is intact.
@@ -44,19 +52,23 @@ class AppendLog:
     ) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines, whole_bytes = _read(self.path)
-        self.records: list[dict[str, Any]] = lines[1:]
-        if lines:
-            found = differences(lines[0], _restored(json.loads(_line(header))), ignore=ignore)
-            if found and not self.records:
-                lines, whole_bytes = [], 0  # another job that never did anything: nothing is lost
-            elif found and not force:
-                raise LogMismatch(f"{self.path} is the log of another job; " + "; ".join(found))
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        os.ftruncate(self._file, whole_bytes)  # a torn last line
-        self._size = whole_bytes
-        if not lines:
-            self.append([dict(header)], keep=False)
+        try:
+            _lock(self._file, self.path)
+            lines, self._size = _read(self.path)
+            self.records: list[dict[str, Any]] = lines[1:]
+            if lines:
+                found = differences(lines[0], _restored(json.loads(_line(header))), ignore=ignore)
+                if found and not self.records:
+                    lines, self._size = [], 0  # another job that never did anything: nothing is lost
+                elif found and not force:
+                    raise LogMismatch(f"{self.path} is the log of another job; " + "; ".join(found))
+            os.ftruncate(self._file, self._size)  # a torn last line
+            if not lines:
+                self.append([dict(header)], keep=False)
+        except BaseException:
+            self.close()
+            raise
 
     def append(self, records: Iterable[Mapping[str, Any]], *, keep: bool = True) -> None:
         """Writes the records as one block and waits until they are on the disk.
@@ -97,6 +109,17 @@ class AppendLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _lock(file: int, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LogInUse(
+            f"{path} is being written by another process: wait for it or stop it, or take another folder"
+        ) from None
+    except OSError as error:  # some network file systems have no locks
+        warnings.warn(f"{path} cannot be locked ({error.strerror}): do not run the job twice at once", stacklevel=4)
 
 
 def differences(logged: Any, present: Any, *, ignore: Iterable[str] = (), name: str = "") -> list[str]:

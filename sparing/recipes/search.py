@@ -9,7 +9,6 @@ is ``sparing search``.
 """
 
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,7 +19,7 @@ from sparing.diffusion.pipelines import FlexDiTPipeline
 from sparing.diffusion.search import Budget, Draft, NoiseSearch, SearchResult
 from sparing.diffusion.search.algorithms import ALGORITHMS, PRESETS
 from sparing.diffusion.search.drafts import cached_draft, draft_agreement, fewer_steps, twin_draft
-from sparing.diffusion.search.verifiers.names import VERIFIERS, make_verifier, make_verifiers
+from sparing.diffusion.search.verifiers.names import VERIFIERS, key_values, make_verifier, make_verifiers
 from sparing.recipes.generate import open_pipeline, open_transformer
 from sparing.training.checkpoint import atomic_file
 from sparing.zoo.table import closest
@@ -41,6 +40,10 @@ def open_any(model: str | Path | None, pipeline: str | Path | None, *, vae: str 
         return open_pipeline(model, vae=vae)
     from diffusers import DiffusionPipeline
 
+    if not Path(str(pipeline)).is_dir() and (
+        str(pipeline).count("/") != 1 or str(pipeline).startswith((".", "/", "~"))
+    ):
+        raise FileNotFoundError(f"no such folder: {str(pipeline)!r}, nor is it a hub id OWNER/REPO")
     return DiffusionPipeline.from_pretrained(str(pipeline))
 
 
@@ -51,16 +54,7 @@ def settings_of(text: str) -> tuple[str, dict[str, Any]]:
         ValueError: a part is no KEY=VALUE.
     """
     name, _, rest = text.partition(":")
-    settings = {}
-    for part in filter(None, re.split(r",(?![^\[]*\])", rest)):  # commas inside brackets belong to the value
-        key, equals, value = part.partition("=")
-        if not equals or not key.strip():
-            raise ValueError(f"{text!r}: {part!r} is no KEY=VALUE")
-        try:
-            settings[key.strip()] = json.loads(value)
-        except ValueError:
-            settings[key.strip()] = value.strip()
-    return name.strip(), settings
+    return name.strip(), key_values(rest, of=repr(text))
 
 
 def make_algorithm(text: str) -> Any:
@@ -98,6 +92,8 @@ def make_draft(text: str, pipe: Any) -> Draft:
     if cache is not None:
         from diffusers import FirstBlockCacheConfig
 
+        if isinstance(cache, bool) or not isinstance(cache, int | float) or cache < 0:
+            raise ValueError(f"draft {text!r}: cache is a threshold, 0 or more, got {cache!r}")
         return cached_draft(pipe, FirstBlockCacheConfig(threshold=float(cache)), **settings)
     if "num_inference_steps" in settings:
         return fewer_steps(**settings)
@@ -134,6 +130,8 @@ def search(
     Raises:
         ValueError: nothing is wanted, or what :class:`NoiseSearch` refuses.
     """
+    if Path(out).is_file():
+        raise ValueError(f"out: {str(out)!r} is a file, and a search writes a folder")
     if not wanted:
         raise ValueError("nothing to search for: give at least one prompt or class")
     engine = NoiseSearch(

@@ -18,8 +18,9 @@ import torch.multiprocessing as mp
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from sparing.diffusion.search import NoiseSearch
-from sparing.diffusion.search.algorithms import SMC, Evolutionary, Halving, Paths, ZeroOrder
-from sparing.jobs import LogMismatch
+from sparing.diffusion.search.algorithms import SMC, Evolutionary, Halving, Paths, Random, ZeroOrder
+from sparing.diffusion.search.verifiers import DenoisingError, SelfConsistency
+from sparing.jobs import AppendLog, LogInUse, LogMismatch
 
 STEPS = 6
 SEARCHES = {
@@ -28,11 +29,18 @@ SEARCHES = {
     "halving": (Halving(6, stops=(2, 4, 6), keeps=(3, 2, 1)), DPMSolverMultistepScheduler),
     "smc": (SMC(4, checks=(2, 4, 6), lam=20.0, ess_threshold=0.9), DDPMScheduler),
     "evolutionary": (Evolutionary(4, children=3, jump=1, starts=(0, 0.5), elites=2), DDIMScheduler),
+    "self_supervised": (Random(5), DDPMScheduler),
 }
 
 
 def level(samples, prompts):
     return samples.flatten(1).mean(1)
+
+
+def verifier_of(name):
+    if name != "self_supervised":
+        return level
+    return SelfConsistency(lambda images: images.flatten(1) - 0.4) + DenoisingError((0.4, 0.6))
 
 
 def run(name, out_dir, *, steps=STEPS, batch_size=2, seed=0, **options):
@@ -41,7 +49,9 @@ def run(name, out_dir, *, steps=STEPS, batch_size=2, seed=0, **options):
     pipe.scheduler = scheduler()
     spent = []
     pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: spent.append(1), with_kwargs=True)
-    search = NoiseSearch(pipe, level, algorithm, out_dir=out_dir, batch_size=batch_size, seed=seed, **options)
+    search = NoiseSearch(
+        pipe, verifier_of(name), algorithm, out_dir=out_dir, batch_size=batch_size, seed=seed, **options
+    )
     return search(**kwargs, num_inference_steps=steps), len(spent)
 
 
@@ -99,6 +109,19 @@ def test_a_log_of_another_search_names_what_differs(tmp_path):
     assert run("zero_order", tmp_path, batch_size=3)[0].best.score > 0  # other batches are the same search
 
 
+def test_a_search_that_failed_or_runs_elsewhere_leaves_the_folder_usable(tmp_path):
+    pipe, kwargs = tiny_pipelines.build("flux")
+    search = NoiseSearch(pipe, level, Random(2), out_dir=tmp_path)
+    for _ in range(2):  # the second says the same: the first kept nothing open
+        with pytest.raises(ValueError, match="latents must be"):
+            search(**kwargs, num_inference_steps=2, latents=torch.zeros(1, 2))
+    search(**kwargs, num_inference_steps=2)
+    header = json.loads((tmp_path / "candidates.jsonl").read_text().splitlines()[0])
+    with AppendLog(tmp_path / "candidates.jsonl", header), pytest.raises(LogInUse, match="another process"):
+        search(**kwargs, num_inference_steps=2)
+    assert len(records(tmp_path)) == 3
+
+
 def test_an_edited_log_is_not_believed(tmp_path):
     run("zero_order", tmp_path)
     path = tmp_path / "candidates.jsonl"
@@ -140,7 +163,7 @@ def _one_of_two(rank, folder, name):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["zero_order", "smc"])
+@pytest.mark.parametrize("name", ["zero_order", "smc", "self_supervised"])
 def test_two_processes_find_what_one_finds(name, tmp_path, monkeypatch):
     monkeypatch.setenv("SEARCH_TEST_PORT", str(20000 + os.getpid() % 20000 + len(name)))
     one, _ = run(name, tmp_path / "one", batch_size=1)

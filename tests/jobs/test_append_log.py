@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from sparing.jobs import AppendLog, LogMismatch, read_log
+from sparing.jobs import AppendLog, LogInUse, LogMismatch, read_log
 
 HEADER = {"job": "x", "settings": {"steps": 4, "scale": 1.5}, "version": "1"}
 
@@ -109,3 +109,19 @@ def test_a_full_disk_is_said_and_leaves_the_log_intact(tmp_path, monkeypatch):
         monkeypatch.setattr(os, "pwrite", real)
         log.append([{"id": 3}])
     assert len(read_log(path)) == 5
+
+
+def test_a_log_is_written_by_one_at_a_time(tmp_path):
+    path = tmp_path / "log.jsonl"
+    with AppendLog(path, HEADER) as log:
+        log.append([{"id": 1}])
+        before = path.read_bytes()
+        with pytest.raises(LogInUse, match="being written by another process"):
+            AppendLog(path, HEADER)
+        with pytest.raises(LogInUse):
+            AppendLog(path, {"job": "another"})
+        assert path.read_bytes() == before
+    with pytest.raises(LogMismatch):
+        AppendLog(path, {"job": "another"})
+    with AppendLog(path, HEADER) as log:  # an opening that failed holds nothing
+        assert log.records == [{"id": 1}]

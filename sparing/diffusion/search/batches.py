@@ -4,16 +4,19 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparing.diffusion.search.log import Key, Midway, SearchLog
 from sparing.diffusion.search.plan import PromptSearch, Task, same_device
+from sparing.diffusion.search.probing import denoising_errors, run_watched
 from sparing.diffusion.search.result import Candidate
 from sparing.diffusion.search.sampler import Output, Sampler
 from sparing.diffusion.search.samples import preview
 from sparing.diffusion.search.scoring import Scorer
+from sparing.diffusion.search.verifiers.base import View
 
 __all__ = ["BatchRunner", "Keeper", "batches_of"]
 
@@ -129,34 +132,53 @@ class BatchRunner:
         held = torch.cuda.memory_reserved(device)
         return torch.cuda.max_memory_allocated(device) < _ROOM * (free + held) and self.size < _LARGEST_BATCH
 
-    def generate(self, batch: Sequence[Task], *, decode: bool) -> tuple[Output, list[Tensor | None]]:
-        """Runs a batch of one kind; (output, generator states afterwards)."""
+    def generate(
+        self, batch: Sequence[Task], *, decode: bool, watched: float | None = None
+    ) -> tuple[Output, Tensor | None, list[Tensor | None]]:
+        """Runs a batch of one kind.
+
+        Args:
+            watched: level at which the path is looked at.
+
+        Returns:
+            output, samples that x0_hat at ``watched`` decodes to, generator states afterwards.
+        """
         first = batch[0].proposal
         sampler = self.samplers[first.via]
         starts = [self.searches[task.prompt].start_of(task) for task in batch]
         histories = [same_device(start.history, sampler.device) for start in starts]
-        output = sampler.run(
-            torch.stack([start.latent for start in starts]),
-            [task.prompt for task in batch],
-            first.start,
-            first.stop,
-            seeds=[start.seed for start in starts],
-            states=[start.generator for start in starts],
-            histories=None if histories[0] is None else histories,
-            exact=first.exact,
-            decode=decode,
-        )
-        return output, sampler.generators_after
+        latents, prompts = torch.stack([start.latent for start in starts]), [task.prompt for task in batch]
+        options: dict[str, Any] = {
+            "seeds": [start.seed for start in starts],
+            "states": [start.generator for start in starts],
+            "histories": None if histories[0] is None else histories,
+        }
+        early = None
+        if watched is None:
+            output = sampler.run(latents, prompts, first.start, first.stop, exact=first.exact, decode=decode, **options)
+        else:
+            output, early = run_watched(sampler, latents, prompts, first.start, first.stop, level=watched, **options)
+        return output, early, sampler.generators_after
 
     def _batch(self, batch: list[Task]) -> list[Candidate]:
         began = time.perf_counter()
         first = batch[0].proposal
         sampler = self.samplers[first.via]
         ends = first.stop == sampler.num_steps
-        output, streams = self.generate(batch, decode=ends or self.scorer.wants_samples)
+        looks = self.scorer.looks
+        output, early, streams = self.generate(batch, decode=ends or self.scorer.wants_samples, watched=looks.watched)
         before = time.perf_counter()
-        clean = output.x0_hat
-        views = {"sample": output.samples, "latent": output.latents if ends else clean, "x0": clean}
+        clean = output.latents if ends else output.x0_hat
+        views = {View("sample"): output.samples, View("latent"): clean, View("x0"): output.x0_hat}
+        if early is not None and output.samples is not None:
+            assert looks.watched is not None
+            views[View("path", (looks.watched,))] = torch.stack([early, output.samples], dim=1)
+        for view in looks.denoising if clean is not None else ():
+            views[view], calls, forwards = denoising_errors(
+                sampler, clean, [task.prompt for task in batch], view.levels
+            )
+            output.calls += calls
+            output.forwards += forwards
         prompts = [sampler.call.prompts[task.prompt] for task in batch]
         raw, errors = self.scorer.score(views, prompts)
         now = time.perf_counter()

@@ -110,6 +110,12 @@ class NoiseSearch:
         self.budget = Budget.parse(budget) if isinstance(budget, str) else budget or Budget()
         held = [] if report is None else list(report) if isinstance(report, list | tuple) else [report]
         self.report = [as_verifier(verifier) for verifier in held]
+        for verifier in self.report:
+            if verifier.spaces != {"sample"}:
+                raise ValueError(
+                    f"report: {verifier.name!r} looks at {', '.join(sorted(verifier.spaces))}; held-out verifiers see "
+                    "finished samples only"
+                )
         self.keep = keep if isinstance(keep, int) else {"best": 1, "all": None}[keep]
         self.draft, self.progress, self.previews = draft, progress, previews
 
@@ -198,7 +204,11 @@ class _Run:
         self.scorer = Scorer(search.verifier, sample_rate=self.full.sample_rate)
         self.log = self._open_log()
         self.keeper = Keeper(search.keep, first_too=bool(search.report))
-        self.searches = self._begin()
+        try:
+            self.searches = self._begin()
+        except BaseException:
+            self.log.close()
+            raise
         self.runner = BatchRunner(
             samplers,
             self.scorer,
@@ -213,13 +223,16 @@ class _Run:
     def _open_log(self) -> SearchLog:
         """One error for all processes: a rank that went on alone would wait for the others for ever."""
         error: Exception | None = None
+        log: SearchLog | None = None
         header = self.search.header(self.call, self.samplers)
         try:
             log = SearchLog(self.search.out_dir, header, rank=self.rank, world=self.world, force=self.search.force)
         except (ValueError, OSError) as raised:
             error = raised
         failed = [entry for entry in gather(error) if entry is not None]
-        if failed:
+        if failed or log is None:
+            if log is not None:
+                log.close()
             raise failed[0]
         for known in gather(log.known) if self.world > 1 else []:
             log.known = {**known, **log.known}
@@ -256,6 +269,7 @@ class _Run:
                     log=self.log,
                     given=given,
                     start_scale=full.start_scale,
+                    scoring=self.scorer.looks.nfe,
                 )
             )
         return found
@@ -426,7 +440,7 @@ class _Run:
             found = self.log.load_sample(key)
         if found is None:
             task = Task(one.prompt, id, one.proposal(id))
-            output, _ = self.runner.generate([task], decode=True)
+            output, _, _ = self.runner.generate([task], decode=True)
             assert output.samples is not None
             one.ledger.nfe += output.calls
             one.ledger.forwards += output.forwards

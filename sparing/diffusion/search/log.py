@@ -92,6 +92,14 @@ class SearchLog:
         names = [] if rank else ["candidates.jsonl"]
         if world > 1:
             names.insert(0, f"candidates.rank{rank}.jsonl")
+        try:
+            self._open(names, header, force=force)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, names: Sequence[str], header: Mapping[str, Any], *, force: bool) -> None:
+        assert self.folder is not None
         for name in names:
             log = AppendLog(self.folder / name, header, ignore=_MAY_DIFFER, force=force)
             self._logs.append(log)

@@ -39,6 +39,7 @@ class Task:
     prompt: int
     id: int
     proposal: Proposal
+    scoring: int = 0  # evaluations that its score takes
 
     @property
     def key(self) -> tuple[int, int]:
@@ -46,7 +47,7 @@ class Task:
 
     @property
     def cost(self) -> int:
-        return self.proposal.stop - self.proposal.start + int(self.proposal.exact)
+        return self.proposal.stop - self.proposal.start + int(self.proposal.exact) + self.scoring
 
     @property
     def kind(self) -> tuple[str, int, int, bool, bool]:
@@ -79,9 +80,10 @@ class PromptSearch:
         log: SearchLog,
         given: Mapping[str, Tensor],
         start_scale: float = 1.0,
+        scoring: int = 0,
     ) -> None:
         self.state, self.prompt, self.shape, self.levels, self.log = state, prompt, tuple(shape), levels, log
-        self.given, self.start_scale = given, start_scale
+        self.given, self.start_scale, self.scoring = given, start_scale, scoring
         self.candidates: dict[int, Candidate] = {}
         self.ledger = Ledger()
         self.winner: int | None = None
@@ -103,7 +105,7 @@ class PromptSearch:
             self.done, self.winner = True, end.value
             return []
         first = len(self._proposed)
-        self._asked = [Task(self.prompt, first + k, self._checked(p)) for k, p in enumerate(proposals)]
+        self._asked = [Task(self.prompt, first + k, self._checked(p), self.scoring) for k, p in enumerate(proposals)]
         self._proposed.update({task.id: task.proposal for task in self._asked})
         return self._asked
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparing.diffusion.search.result import SearchResult
 from sparing.diffusion.search.scoring import Scorer
+from sparing.diffusion.search.verifiers.base import View
 
 __all__ = ["held_out", "warn_of_hacking"]
 
@@ -19,12 +20,12 @@ def held_out(
     """{name: {"first": score, "best": score}} of two samples without batch axis: the first candidate's, the winner's.
 
     Raises:
-        ValueError: a verifier that looks at latents.
+        ValueError: a verifier that looks at anything but samples.
     """
     found = {}
     for verifier in verifiers:
         scorer = Scorer(verifier, sample_rate=sample_rate)
-        raw, _ = scorer.score({"sample": torch.stack(list(samples))}, prompts)
+        raw, _ = scorer.score({View("sample"): torch.stack(list(samples))}, prompts)
         pool = {name: torch.tensor([row[name] for row in raw], dtype=torch.float64) for name in raw[0]}
         first, best = verifier.combine(pool).double().tolist()
         found[verifier.name] = {"first": first, "best": best}

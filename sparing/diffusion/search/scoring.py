@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparing.diffusion.search.probing import looks_of
+from sparing.diffusion.search.verifiers.base import View
+
 __all__ = ["Scorer"]
 
 
@@ -24,6 +27,7 @@ class Scorer:
     def __init__(self, verifier: Any, *, sample_rate: int | None = None) -> None:
         self.verifier = verifier
         self.parts = verifier.parts
+        self.looks = looks_of(self.parts)
         self._worked: set[str] = set()
         if sample_rate is not None:
             for part in self.parts:
@@ -32,15 +36,15 @@ class Scorer:
 
     @property
     def wants_samples(self) -> bool:
-        return any(part.space == "sample" for part in self.parts)
+        return any(part.space in ("sample", "path") for part in self.parts)
 
     def score(
-        self, batch: Mapping[str, Tensor | None], prompts: Sequence[Any]
+        self, batch: Mapping[View, Tensor | None], prompts: Sequence[Any]
     ) -> tuple[list[dict[str, float]], list[str | None]]:
         """(raw scores by name, what went wrong) of each of B candidates.
 
         Args:
-            batch: space -> ``(B, ...)``; None where the pipeline cannot give it.
+            batch: view -> ``(B, ...)``; None where the pipeline cannot give it.
             prompts: B prompts or class labels.
 
         Raises:
@@ -49,7 +53,7 @@ class Scorer:
         raw: list[dict[str, float]] = [{} for _ in prompts]
         errors: list[str | None] = [None] * len(prompts)
         for part in self.parts:
-            seen = batch.get(part.space)
+            seen = batch.get(part.view)
             if seen is None:
                 raise ValueError(
                     f"verifier {part.name!r} looks at {part.space!r}, which this pipeline's scheduler does not give"

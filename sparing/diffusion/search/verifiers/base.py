@@ -12,6 +12,7 @@ for instance, is only defined within one pool and must never be stored.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,10 +21,20 @@ from torch import Tensor
 if TYPE_CHECKING:
     from sparing.diffusion.search.verifiers.ensemble import WeightedSum
 
-__all__ = ["SPACES", "Verifier", "as_verifier", "checked_scores", "renamed"]
+__all__ = ["SPACES", "Verifier", "View", "as_verifier", "checked_scores", "renamed"]
 
-# What a verifier may ask to see: decoded samples, final latents, or the predicted clean latents at the last step run.
-SPACES = ("sample", "latent", "x0")
+# What a verifier may ask to see: decoded samples, final latents, the predicted clean latents at the last step run; and,
+# at noise levels of its choice, (early estimate, finished sample) decoded, or errors of the pipeline's own network.
+SPACES = ("sample", "latent", "x0", "path", "denoising")
+_AT_LEVELS = ("path", "denoising")
+
+
+@dataclass(frozen=True)
+class View:
+    """What a verifier sees: a space and, in 'path' and 'denoising', the noise levels looked at."""
+
+    space: str
+    levels: tuple[float, ...] = ()
 
 
 class Verifier:
@@ -32,7 +43,10 @@ class Verifier:
     Attributes:
         name: key of its scores in the log.
         cost: seconds or NFE a sample takes, when somebody knows; only shown.
-        space: what it wants to see: 'sample', 'latent' or 'x0'.
+        space: what it wants to see: 'sample', 'latent', 'x0', 'path' (``(B, 2, ...)``: what x0_hat at ``levels[0]``
+            decodes to, and the finished sample) or 'denoising' (``(B, levels)``: mean squared errors of the noise that
+            the pipeline predicts in the re-noised result).
+        levels: of 'path' (one) and 'denoising': noise levels: sigma of flow and VE, sqrt(1 - alpha_bar) of VP.
         needs_text: refuses candidates without a prompt.
         differentiable: its scores carry gradients to samples that require them.
         pooled: its combined scores are defined within one pool of candidates only (rank ensembles).
@@ -42,6 +56,7 @@ class Verifier:
     name: str = ""
     cost: float | None = None
     space: str = "sample"
+    levels: tuple[float, ...] = ()
     needs_text: bool = False
     differentiable: bool = False
     batch_size: int | None = None
@@ -88,6 +103,11 @@ class Verifier:
                 part = samples[chunk]
                 parts.append(checked_scores(self.measure(part, texts[chunk]), name=self.name, count=len(part)))
             return torch.cat(parts)
+
+    @property
+    def view(self) -> View:
+        """What it wants to see, with the levels."""
+        return View(self.space, tuple(self.levels))
 
     @property
     def pooled(self) -> bool:
@@ -179,6 +199,11 @@ class _Function(Verifier):
                 setattr(self, attribute, getattr(source, attribute))
         if self.space not in SPACES:
             raise ValueError(f"verifier {self.name!r} has space {self.space!r}; possible: {', '.join(SPACES)}")
+        if (self.space in _AT_LEVELS) != bool(self.levels) or (self.space == "path" and len(self.levels) != 1):
+            raise ValueError(
+                f"verifier {self.name!r}: levels go with the spaces path (one) and denoising (one or more), got "
+                f"{self.space!r} with {tuple(self.levels)}"
+            )
 
     def measure(self, samples: Any, prompts: Sequence[Any]) -> Any:
         if hasattr(self, "sample_rate"):
@@ -191,7 +216,7 @@ class _Function(Verifier):
         return self._source if isinstance(self._source, Verifier) else self
 
 
-_TAKEN_OVER = ("cost", "space", "needs_text", "differentiable", "batch_size", "sample_rate")
+_TAKEN_OVER = ("cost", "space", "levels", "needs_text", "differentiable", "batch_size", "sample_rate")
 
 
 def renamed(leaf: Verifier, name: str) -> Verifier:

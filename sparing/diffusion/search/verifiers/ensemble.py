@@ -276,6 +276,7 @@ class Cached(Verifier):
         if max_entries < 1:
             raise ValueError(f"max_entries must be at least 1, got {max_entries}")
         self.name, self.cost, self.space = self.verifier.name, self.verifier.cost, self.verifier.space
+        self.levels = self.verifier.levels
         self.needs_text, self.max_entries = self.verifier.needs_text, max_entries
         if hasattr(self.verifier, "sample_rate"):
             self.sample_rate = self.verifier.sample_rate

@@ -19,7 +19,7 @@ from sparing.zoo.table import closest
 if TYPE_CHECKING:
     from sparing.diffusion.search.verifiers.base import Verifier
 
-__all__ = ["VERIFIERS", "Entry", "make_verifier", "make_verifiers"]
+__all__ = ["VERIFIERS", "Entry", "key_values", "make_verifier", "make_verifiers"]
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,22 @@ VERIFIERS: dict[str, Entry] = {
     "colorfulness": Entry("image_stats", "Colorfulness", "Hasler and Suesstrunk's colourfulness"),
     "compressibility": Entry("image_stats", "Compressibility", "minus kilobytes as JPEG", ("quality",)),
     "contrast": Entry("image_stats", "Contrast", "standard deviation of luma"),
+    "denoising_error": Entry(
+        "self_supervised",
+        "DenoisingError",
+        "minus the model's own error on the re-noised result; costs NFE",
+        ("levels",),
+        of="any",
+    ),
     "entropy": Entry("image_stats", "Entropy", "entropy of luma, 256 bins, in bits"),
     "loudness": Entry("audio", "LoudnessTarget", "minus distance in dB from target=-20 dBFS", ("target",), of="audio"),
+    "self_consistency": Entry(
+        "self_supervised",
+        "SelfConsistency",
+        "cosine of features of an early estimate and the result, encoder=NAME",
+        ("encoder", "level", "device"),
+        ("encoder",),
+    ),
     "sharpness": Entry("image_stats", "Sharpness", "variance of the Laplacian of luma"),
     "spectral_flatness": Entry("audio", "SpectralFlatness", "1 for noise, 0 for a tone", ("n_fft",), of="audio"),
     "temporal_smoothness": Entry(
@@ -119,12 +133,7 @@ def _named(name: str, rest: str, text: str) -> "Verifier":
         raise ValueError(f"no verifier {name!r}; {near}")
     entry = VERIFIERS[name]
     kind: Any = getattr(import_module(f"sparing.diffusion.search.verifiers.{entry.home}"), entry.kind)
-    arguments = {}
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals or not key.strip():
-            raise ValueError(f"verifier {text!r}: {part!r} is no KEY=VALUE")
-        arguments[key.strip()] = _value(value.strip())
+    arguments = key_values(rest, of=f"verifier {text!r}")
     unknown = [key for key in arguments if key not in entry.options]
     if unknown:
         known = ", ".join(entry.options) or "no argument"
@@ -136,6 +145,21 @@ def _named(name: str, rest: str, text: str) -> "Verifier":
         return kind(**arguments)
     except TypeError as error:  # a value of the wrong kind
         raise ValueError(f"verifier {text!r}: {error}") from error
+
+
+def key_values(text: str, *, of: str) -> dict[str, Any]:
+    """``KEY=VALUE,...`` with JSON values, others as text; commas inside brackets belong to the value.
+
+    Raises:
+        ValueError: a part is no KEY=VALUE, or a value no finite number; ``of`` is named.
+    """
+    found = {}
+    for part in filter(None, re.split(r",(?![^\[]*\])", text)):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"{of}: {part!r} is no KEY=VALUE")
+        found[key.strip()] = _value(value.strip())
+    return found
 
 
 def _value(text: str) -> Any:

@@ -68,6 +68,8 @@ class OnFrames(Verifier):
             raise ValueError(f"{self.verifier.name!r} scores a pool: put OnFrames around its members")
         if frames is not None and frames < 1:
             raise ValueError(f"frames must be at least 1, got {frames}")
+        if self.verifier.spaces != {"sample"}:
+            raise ValueError(f"{self.verifier.name!r} looks at {', '.join(self.verifier.spaces)}, which has no frames")
         self.frames = frames
         self.name, self.cost, self.space = self.verifier.name, self.verifier.cost, self.verifier.space
         self.needs_text, self.differentiable = self.verifier.needs_text, self.verifier.differentiable
