@@ -65,19 +65,19 @@ def read_audio(path: str | Path, *, rate: int | None = None, start: int = 0, sam
 
 
 def write_audio(samples: Tensor, path: str | Path, *, rate: int) -> Path:
-    """Write samples (count,) in [-1, 1] as 16-bit PCM; folders are made.
+    """Write samples (count,) or (channels, count) in [-1, 1] as 16-bit PCM; folders are made.
 
     Raises:
-        ValueError: not one row of samples, or samples outside [-1, 1].
+        ValueError: another shape, or samples outside [-1, 1].
     """
     sf, path = _soundfile(), Path(path)
-    if samples.ndim != 1 or not samples.numel():
-        raise ValueError(f"samples must have shape (count,), got {tuple(samples.shape)}")
+    if samples.ndim not in (1, 2) or not samples.numel():
+        raise ValueError(f"samples must have shape (count,) or (channels, count), got {tuple(samples.shape)}")
     peak = float(samples.abs().max())
     if not peak <= 1.0:
         raise ValueError(f"samples must lie in [-1, 1], the largest is {peak:.3g}: scale them first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    sf.write(str(path), samples.numpy(), rate, subtype="PCM_16")
+    sf.write(str(path), samples.movedim(0, -1).contiguous().numpy(), rate, subtype="PCM_16")
     return path
 
 

@@ -1,4 +1,4 @@
-"""Video in, frame by frame, through PyAV (``pip install sparing[video]``): files, cameras, network streams.
+"""Video in, frame by frame, through PyAV (``pip install sparing[video]``): files, cameras, network streams; and out.
 
 Errors are one line that names the source.
 """
@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-__all__ = ["is_live", "read_frames", "read_live", "video_rate", "write_video"]
+__all__ = ["is_live", "read_frames", "read_live", "video_rate", "write_gif", "write_video"]
 
 _CAMERA_FORMATS = {"linux": "v4l2", "darwin": "avfoundation"}
 
@@ -144,8 +145,7 @@ def write_video(frames: Tensor, path: str | Path, *, rate: int) -> Path:
     Raises:
         ValueError: another shape or dtype, or odd sides (the codec halves the colours' resolution).
     """
-    if frames.ndim != 4 or frames.shape[1] != 3 or frames.dtype != torch.uint8 or not len(frames):
-        raise ValueError(f"frames must be uint8 (T, 3, H, W), got {frames.dtype} {tuple(frames.shape)}")
+    _checked_frames(frames, rate)
     height, width = frames.shape[2:]
     if height % 2 or width % 2:
         raise ValueError(f"height and width must be even, got {height} x {width}")
@@ -159,3 +159,30 @@ def write_video(frames: Tensor, path: str | Path, *, rate: int) -> Path:
             container.mux(track.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(track.encode())
     return path
+
+
+def write_gif(frames: Tensor, path: str | Path, *, rate: int) -> Path:
+    """Write uint8 (T, 3, H, W) as an endless GIF, 256 colours a frame; folders are made.
+
+    Args:
+        rate: frames per second, at most 50 (a GIF counts in hundredths of a second, and viewers slow shorter frames).
+
+    Raises:
+        ValueError: another shape or dtype, or a rate above 50.
+    """
+    _checked_frames(frames, rate)
+    if rate > 50:
+        raise ValueError(f"a GIF plays at most 50 frames per second, got {rate}")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pictures = [Image.fromarray(frame) for frame in frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+    first, *rest = pictures
+    first.save(path, save_all=True, append_images=rest, duration=round(1000 / rate), loop=0)
+    return path
+
+
+def _checked_frames(frames: Tensor, rate: int) -> None:
+    if frames.ndim != 4 or frames.shape[1] != 3 or frames.dtype != torch.uint8 or not len(frames):
+        raise ValueError(f"frames must be uint8 (T, 3, H, W), got {frames.dtype} {tuple(frames.shape)}")
+    if rate < 1:
+        raise ValueError(f"rate must be at least one frame per second, got {rate}")

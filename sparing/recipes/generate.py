@@ -25,7 +25,7 @@ from sparing.diffusion.respaced import RespacedScheduler
 from sparing.media.image import write_image
 from sparing.zoo.registry import tagged_names
 
-__all__ = ["generate", "open_pipeline", "open_transformer"]
+__all__ = ["generate", "open_pipeline", "open_stored", "open_transformer"]
 
 
 def open_pipeline(model: str | Path | nn.Module | FlexDiTPipeline, *, vae: str | Path | None = None) -> FlexDiTPipeline:
@@ -38,9 +38,7 @@ def open_pipeline(model: str | Path | nn.Module | FlexDiTPipeline, *, vae: str |
     if isinstance(model, FlexDiTPipeline):
         return model
     if isinstance(model, (str, Path)) and (Path(model) / "model_index.json").exists():
-        from diffusers import DiffusionPipeline
-
-        stored: Any = DiffusionPipeline.from_pretrained(str(model))
+        stored = open_stored(model)
         if "transformer" not in stored.components or "text_encoder" in stored.components:
             raise ValueError(
                 f"{str(model)!r} is a {type(stored).__name__}; generate takes class-conditional transformers"
@@ -59,6 +57,21 @@ def open_pipeline(model: str | Path | nn.Module | FlexDiTPipeline, *, vae: str |
             f"decoder"
         )
     return FlexDiTPipeline(transformer.eval(), RespacedScheduler(), vae=decoder)
+
+
+def open_stored(pipeline: str | Path) -> Any:
+    """Any diffusers pipeline, from a folder or the hub.
+
+    Raises:
+        FileNotFoundError: no such folder, and no hub id.
+        OSError: the folder or repository holds no pipeline.
+    """
+    from diffusers import DiffusionPipeline
+
+    name = str(pipeline)
+    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise FileNotFoundError(f"no such folder: {name!r}, nor is it a hub id OWNER/REPO")
+    return DiffusionPipeline.from_pretrained(name)
 
 
 def open_transformer(model: str | Path) -> Any:

@@ -20,7 +20,7 @@ from sparing.diffusion.search import Budget, Draft, NoiseSearch, SearchResult
 from sparing.diffusion.search.algorithms import ALGORITHMS, PRESETS
 from sparing.diffusion.search.drafts import cached_draft, draft_agreement, fewer_steps, twin_draft
 from sparing.diffusion.search.verifiers.names import VERIFIERS, key_values, make_verifier, make_verifiers
-from sparing.recipes.generate import open_pipeline, open_transformer
+from sparing.recipes.generate import open_pipeline, open_stored, open_transformer
 from sparing.training.checkpoint import atomic_file
 from sparing.zoo.table import closest
 
@@ -38,13 +38,8 @@ def open_any(model: str | Path | None, pipeline: str | Path | None, *, vae: str 
         raise ValueError("give either model (a class-conditional transformer) or pipeline (any diffusers pipeline)")
     if model is not None:
         return open_pipeline(model, vae=vae)
-    from diffusers import DiffusionPipeline
-
-    if not Path(str(pipeline)).is_dir() and (
-        str(pipeline).count("/") != 1 or str(pipeline).startswith((".", "/", "~"))
-    ):
-        raise FileNotFoundError(f"no such folder: {str(pipeline)!r}, nor is it a hub id OWNER/REPO")
-    return DiffusionPipeline.from_pretrained(str(pipeline))
+    assert pipeline is not None
+    return open_stored(pipeline)
 
 
 def settings_of(text: str) -> tuple[str, dict[str, Any]]:

@@ -48,4 +48,8 @@ def test_bad_files_and_bad_requests_name_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match=r"\[-1, 1\], the largest is 2"):
         write_audio(torch.full((10,), 2.0), tmp_path / "loud.wav", rate=8000)
     with pytest.raises(ValueError, match=r"shape \(count,\)"):
-        write_audio(torch.zeros(2, 10), tmp_path / "two.wav", rate=8000)
+        write_audio(torch.zeros(1, 2, 10), tmp_path / "two.wav", rate=8000)
+    stereo = torch.stack([tone(800, 440, 8000), tone(800, 220, 8000)])
+    written, rate = sf.read(write_audio(stereo, tmp_path / "stereo.wav", rate=8000))
+    assert rate == 8000
+    torch.testing.assert_close(torch.from_numpy(written.T).float(), stereo, atol=1e-4, rtol=0)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from PIL import Image
 
-from sparing.media.video import is_live, read_frames, read_live, video_rate, write_video
+from sparing.media.video import is_live, read_frames, read_live, video_rate, write_gif, write_video
 
 
 def test_a_written_video_is_read_back(tmp_path):
@@ -32,3 +33,17 @@ def test_what_is_live_and_a_camera_that_is_not_there():
     assert not is_live("film.mp4")
     with pytest.raises((FileNotFoundError, ValueError), match="99"):
         next(read_live("99"))
+
+
+def test_a_gif_comes_back(tmp_path):
+    frames = torch.zeros(3, 3, 6, 10, dtype=torch.uint8)
+    for i in range(3):
+        frames[i, i] = 200
+    with Image.open(write_gif(frames, tmp_path / "deep" / "a.gif", rate=10)) as gif:
+        assert (gif.n_frames, gif.size, gif.info["duration"], gif.info["loop"]) == (3, (10, 6), 100, 0)
+        for i in range(3):
+            gif.seek(i)
+            assert gif.convert("RGB").getpixel((4, 4)) == tuple(frames[i, :, 4, 4].tolist())
+    for rate, message in ((51, "at most 50"), (0, "at least one")):
+        with pytest.raises(ValueError, match=message):
+            write_gif(frames, tmp_path / "a.gif", rate=rate)
