@@ -340,7 +340,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"loss {metrics['history'][-1]['loss']:.4f}; model in {wanted.out}")
+    if Accelerator().is_main_process:
+        print(f"loss {metrics['history'][-1]['loss']:.4f}; model in {wanted.out}")
     return 0
 
 

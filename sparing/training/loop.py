@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -59,10 +60,8 @@ def fit(
     """Train ``model`` and return it, or its average, with the history.
 
     ``out/checkpoint.pt`` holds all state; a later call with the same arguments goes on from it and, in one process on
-    the CPU,
-    ends with the same weights to the bit as a call that was never interrupted. It is removed by the caller once what
-    it led
-    to has been written (see the recipes).
+    the CPU, ends with the same weights to the bit as a call that was never interrupted. It is removed by the caller
+    once what it led to has been written (see the recipes).
 
     Args:
         model: trained in place.
@@ -75,10 +74,16 @@ def fit(
         on_step: called after each optimizer step with the number of steps done.
 
     Raises:
-        ValueError: a setting that cannot work, or a checkpoint of another run.
+        ValueError: a setting that cannot work, a sharded launch (FSDP, DeepSpeed), or a checkpoint of another run.
     """
     _check(settings)
     accelerator = Accelerator()
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(
+            f"{kind.value} is not supported: the weights, their average and the checkpoint are whole in every process. "
+            "Launch data parallel (accelerate launch --multi_gpu, torchrun)"
+        )
     if settings.precision == "bf16" and accelerator.device.type != "cuda":
         raise ValueError(f"precision 'bf16' needs a CUDA device, this is {accelerator.device}; use 'fp32'")
     # not Accelerator(mixed_precision=...), which would fix the precision of the whole process
