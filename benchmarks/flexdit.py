@@ -5,13 +5,15 @@
 
 Per model: seconds a forward (median of ``--repeats``, quartiles), ratio to the dense host, GMACs, images per second of
 a ``--steps``-step run, peak memory on CUDA. FlexDiT runs at each side of ``--sides`` and along the published schedule
-(per-step latency by density). Peers: diffusers' FirstBlockCache on the FlexDiT (a step that fires), attention-only
-token merging in the manner of tomesd (ratio 0.5, on the dense host), and cache-dit when it is installed. Weights are
-random:
-nothing here speaks of quality. Results: benchmarks/results/flexdit_PIXELS_DEVICE.json.
+(per-step latency by density). Peers: attention-only token merging in the manner of tomesd (ratio 0.5, on the dense
+host); and step caches of which every second step fires, so that a forward is the mean of a whole one and a cached one:
+diffusers' FirstBlockCache on the dense model and on the FlexDiT, and cache-dit's DBCache on the dense model where it is
+installed (``uv run --with cache-dit python benchmarks/flexdit.py``). Weights are random: nothing here speaks of
+quality. Results: benchmarks/results/flexdit_PIXELS_DEVICE.json.
 """
 
 import argparse
+import copy
 import importlib.util
 import json
 import time
@@ -28,6 +30,7 @@ import sparing
 from sparing.diffusion import DensityTable
 
 RESULTS = Path(__file__).parent / "results"
+CACHED = "(every second step cached)"
 
 
 class HalfMerged(nn.Module):
@@ -124,6 +127,8 @@ def main() -> None:
         layout = {"num_pooling": 0, "num_sdtm": 0, "num_dense_top": arguments.layers}
         plain = type(flex)(sample_size=latent, **shape, **layout)
     for name, row in measured.items():
+        if name.endswith(CACHED):  # two forwards were timed
+            row |= {"seconds": row["seconds"] / 2, "quartiles": [value / 2 for value in row["quartiles"]]}
         row["of_dense"] = row["seconds"] / base
         row["images_per_second"] = arguments.batch / (row["seconds"] * arguments.steps)
         if name == "dense DiT":
@@ -150,12 +155,12 @@ def main() -> None:
     file = arguments.json or RESULTS / f"flexdit_{arguments.pixels}_{device.type}{quick}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"{'model':<34} {'seconds':>9} {'quartiles':>19} {'of dense':>9} {'GMACs':>8}")
+    print(f"{'model':<60} {'seconds':>9} {'quartiles':>19} {'of dense':>9} {'GMACs':>8}")
     for name, row in measured.items():
         low, high = row["quartiles"]
         print(
-            f"{name:<34} {row['seconds']:9.4f} {low:9.4f}..{high:<8.4f} {row['of_dense']:9.3f} "
-            f"{row.get('gmacs', 0):8.2f}"
+            f"{name:<60} {row['seconds']:9.4f} {low:9.4f}..{high:<8.4f} {row['of_dense']:9.3f} "
+            + (f"{row['gmacs']:8.2f}" if "gmacs" in row else f"{'-':>8}")
         )
     if "schedule" in result:
         print(
@@ -209,22 +214,57 @@ def _peers(
 
     wrapped = {block.attn1: HalfMerged(block.attn1, grid).to(latents.device) for block in dense.transformer_blocks}
 
-    def cached() -> Any:
-        flex.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    def cached(model: Any, **density: int) -> Any:
+        model.enable_cache(FirstBlockCacheConfig(threshold=1e9))
         try:
-            with flex.cache_context("benchmark"):
-                flex(latents, timestep, labels, density=8)
-                return flex(latents, timestep, labels, density=8)
+            with model.cache_context("benchmark"):
+                model(latents, timestep, labels, **density)
+                return model(latents, timestep, labels, **density)
         finally:
-            flex.disable_cache()
+            model.disable_cache()
 
-    peers = {
+    layout = {"num_pooling": 0, "num_sdtm": 0, "num_dense_top": len(dense.transformer_blocks)}
+    plain = type(flex).from_config({**flex.config, **layout, "density_table": None, "status": None})
+    plain = plain.eval().to(latents.device, latents.dtype)
+    _randomise(plain)
+    peers: dict[str, Callable[[], Any]] = {
         "dense + token merging 0.5": merged,
-        "FlexDiT 8x8 + FirstBlockCache (2 steps, 1 cached)": cached,
+        f"dense + FirstBlockCache {CACHED}": lambda: cached(plain),
+        f"FlexDiT 8x8 + FirstBlockCache {CACHED}": lambda: cached(flex, density=8),
     }
     if importlib.util.find_spec("cache_dit") is None:
         print("cache-dit is not installed: not measured")
+    else:
+        peers[f"dense + cache-dit DBCache F1B0 {CACHED}"] = _cache_dit(dense, latents, timestep, labels)
     return peers
+
+
+def _cache_dit(dense: Any, latents: Tensor, timestep: Tensor, labels: Tensor) -> Callable[[], Any]:
+    """Two steps of a copy under cache-dit: the first is whole, the second takes all blocks but the first from it."""
+    import cache_dit
+
+    model, counted = copy.deepcopy(dense), [0]
+    model.transformer_blocks[-1].register_forward_pre_hook(lambda *_: counted.__setitem__(0, counted[0] + 1))
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1,
+        Bn_compute_blocks=0,
+        residual_diff_threshold=1e9,
+        max_warmup_steps=1,
+        num_inference_steps=2,
+        enable_separate_cfg=False,
+    )
+    cache_dit.enable_cache(model, cache_config=config)
+
+    def run() -> Any:
+        counted[0] = 0
+        cache_dit.refresh_context(model, num_inference_steps=2, verbose=False)
+        model(latents, timestep=timestep, class_labels=labels)
+        out = model(latents, timestep=timestep, class_labels=labels)
+        if counted[0] != 1:
+            raise RuntimeError(f"cache-dit ran the last block {counted[0]} times in two steps, not once")
+        return out
+
+    return run
 
 
 @torch.inference_mode()

@@ -244,6 +244,27 @@ def test_parameter_counts_with_the_position_table(name, count):
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
+@pytest.mark.parametrize(
+    ("name", "dense", "sparse"),
+    [
+        ("flexdit_s_2_256", 6.06, 3.70),
+        ("flexdit_b_2_256", 23.01, 14.37),  # published: 23.0 and 14.34
+        ("flexdit_l_2_256", 80.70, 50.24),
+        ("flexdit_xl_2_256", 118.62, 68.98),
+    ],
+)
+def test_every_size_builds_without_memory(name, dense, sparse):
+    model = sparing.create_model(name, device="meta")
+    large = sparing.create_model(name.replace("256", "512"), device="meta")
+    layout = {"num_pooling": 0, "num_sdtm": 0, "num_dense_top": model.config.num_layers}
+    with torch.device("meta"):
+        plain = FlexDiTTransformer2DModel.from_config({**model.config, **layout, "density_table": None})
+    assert model.flops(8, count="reference") / 1e9 == pytest.approx(sparse, abs=0.01)
+    assert plain.flops("all", count="reference") / 1e9 == pytest.approx(dense, abs=0.01)
+    assert large.flops(8, count="reference") > 2 * model.flops(8, count="reference")
+    assert {p.device.type for p in (*model.parameters(), *large.parameters())} == {"meta"}
+
+
 # -- training
 
 
