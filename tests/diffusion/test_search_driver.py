@@ -9,10 +9,30 @@ import numpy as np
 import pytest
 import tiny_pipelines
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+)
 
 from sparing.diffusion.search import Budget, Draft, Given, NoiseSearch, Proposal
-from sparing.diffusion.search.algorithms import SMC, Evolutionary, Halving, Paths, Random, ZeroOrder
+from sparing.diffusion.search.algorithms import (
+    ALGORITHMS,
+    PRESETS,
+    SMC,
+    Evolutionary,
+    Halving,
+    Paths,
+    Random,
+    ZeroOrder,
+)
+from sparing.diffusion.search.drafts import fewer_steps
+from sparing.diffusion.search.levels import probe
+from sparing.diffusion.search.protocol import SearchState
+from sparing.diffusion.search.verifiers.base import Verifier
 from sparing.diffusion.search.verifiers.ensemble import RankEnsemble
 from sparing.diffusion.search.verifiers.image_stats import Brightness, Contrast
 
@@ -141,6 +161,54 @@ def test_a_budget_is_never_exceeded():
 def test_budgets_that_allow_nothing_are_refused(budget):
     with pytest.raises(ValueError, match="budget must allow at least one candidate"):
         Budget(**budget)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "budget", "options"),
+    [
+        (Halving(4, stops=(2, STEPS), keeps=(1, 1)), 8, {}),
+        (Halving(4, stops=(2, STEPS), keeps=(2, 1)), 13, {}),
+        (Random(4, keep=1), 8, {"draft": fewer_steps(2)}),
+        (SMC(3, jitter=0, checks=(2, STEPS), select="sample"), 3 * STEPS, {"scheduler": DDPMScheduler()}),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_sample_that_is_shown_costs_nothing_more(algorithm, budget, options, seed):
+    result = search("dit", algorithm, budget=f"{budget}nfe", seed=seed, **options)
+    assert result.nfe == sum(candidate.nfe for candidate in result.candidates) <= budget
+    assert result.rerun_nfe == 0
+    assert result.best.sample is not None
+    torch.testing.assert_close(float(result.best.sample.mean()), result.best.score, atol=1e-5, rtol=0)
+
+
+def test_a_verifier_that_works_in_place_harms_nobody():
+    def rough(samples, prompts):
+        return samples.sub_(samples.mean()).flatten(1).std(1)
+
+    class Own(Verifier):
+        name = "own"
+
+        def measure(self, samples, prompts):
+            return samples.zero_().flatten(1).sum(1)
+
+    result = search("dit", Random(3), [rough, Own(), level], keep="all")
+    for candidate in result.candidates:
+        assert candidate.scores["level"] == pytest.approx(float(candidate.sample.mean()), abs=1e-6)
+    assert result.best.sample.abs().max() > 0
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
+def test_the_published_paths_run_with_their_own_steps(scheduler):
+    found = PRESETS["sit-xl-256-paths"]
+    timetable = scheduler()
+    timetable.set_timesteps(found["call"]["num_inference_steps"])
+    levels, order = probe(timetable), timetable.order
+    state = SearchState(num_steps=levels.num_steps, levels=levels.pairs, family=levels.family, order=order)
+    first, rungs = ALGORITHMS[found["algorithm"]](**found["kwargs"])._rungs(state)
+    assert rungs[-1][1] == levels.num_steps
+    for (back, land), current in zip(rungs, [first, *(land for _, land in rungs)]):
+        assert back < current < land
+        assert all(index % order == 0 for index in (back, current))
 
 
 def test_a_budget_below_one_run_says_so():

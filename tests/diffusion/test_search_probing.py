@@ -5,16 +5,17 @@ import math
 import pytest
 import tiny_pipelines
 import torch
-from diffusers import HeunDiscreteScheduler, PNDMScheduler
+from diffusers import FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
 from test_search_driver import STEPS, search
 
+from sparing.diffusion.search import NoiseSearch
 from sparing.diffusion.search.algorithms import SMC, Halving, Paths, Random, ZeroOrder
 from sparing.diffusion.search.call import Call
 from sparing.diffusion.search.probing import denoising_errors, looks_of, run_watched, watched_cut
 from sparing.diffusion.search.sampler import Sampler
 from sparing.diffusion.search.seeds import gaussian
 from sparing.diffusion.search.verifiers import DenoisingError, SelfConsistency, Sharpness, make_verifier
-from sparing.diffusion.search.verifiers.base import as_verifier
+from sparing.diffusion.search.verifiers.base import Verifier, as_verifier
 
 
 def pixels(images):
@@ -163,6 +164,36 @@ def test_a_search_goes_on_and_batches_change_nothing(tmp_path):
     assert [c.score for c in whole.candidates] == pytest.approx([c.score for c in part.candidates], abs=1e-4)
 
 
+@pytest.mark.parametrize("level", [0.1, 0.45, 0.7, 0.9])
+def test_second_order_solvers_are_asked_at_the_nearest_entry_they_can_run(level):
+    sampler = sampler_of(*tiny_pipelines.build_with("wan", FlowMatchHeunDiscreteScheduler()), steps=10)
+    with sampler.open():
+        levels = [b for _, b in sampler.levels.pairs]
+        asked = []
+        run = sampler.run
+        sampler.run = lambda *args, **kwargs: asked.append(args[2]) or run(*args, **kwargs)
+        denoising_errors(sampler, torch.zeros(1, *sampler.shape), [0], [level])
+        cut = watched_cut(sampler, level)
+    even = range(0, len(levels) - 1, 2)
+    assert abs(levels[asked[0]] - level) == min(abs(levels[i] - level) for i in even)
+    odd = range(1, len(levels) - 2, 2)
+    assert abs(levels[cut - 1] - level) == min(abs(levels[i] - level) for i in odd)
+
+
+@pytest.mark.parametrize("name", ["sd", "sd-euler", "pixart", "audioldm", "flux", "wan"])
+def test_bfloat16_pipelines_can_be_asked_and_renoised(name):
+    pipe, kwargs = tiny_pipelines.build(name)
+    pipe.to(torch.bfloat16)
+    half = {
+        key: v.bfloat16() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for key, v in kwargs.items()
+    }
+    call = {**half, "num_inference_steps": STEPS}
+    result = NoiseSearch(pipe, DenoisingError(tiny_level(name)), Random(2))(**call)
+    assert math.isfinite(result.best.score)
+    paths = Paths(2, 2, start=4, ladder=[(2, 6)], renoise="resample_x0")
+    assert math.isfinite(NoiseSearch(pipe, lambda s, _: s.flatten(1).mean(1), paths)(**call).best.score)
+
+
 def test_a_second_order_solver_is_cut_between_its_pairs():
     result = search("sd", Random(2), SelfConsistency(pixels) + DenoisingError(0.5), scheduler=HeunDiscreteScheduler())
     assert math.isfinite(result.best.score)
@@ -204,6 +235,15 @@ def test_a_users_function_may_look_too():
     drift.levels = ()
     with pytest.raises(ValueError, match="levels go with the spaces"):
         as_verifier(drift)
+
+    class Own(Verifier):
+        name, space = "own", "denoising"
+
+        def measure(self, samples, prompts):
+            return samples.sum(1)
+
+    with pytest.raises(ValueError, match="'own': levels go with the spaces"):
+        search("dit", Random(2), Own())
 
 
 def test_by_name():

@@ -19,7 +19,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from sparing.diffusion.search import NoiseSearch
 from sparing.diffusion.search.algorithms import SMC, Evolutionary, Halving, Paths, Random, ZeroOrder
-from sparing.diffusion.search.verifiers import DenoisingError, SelfConsistency
+from sparing.diffusion.search.drafts import fewer_steps
+from sparing.diffusion.search.verifiers import Brightness, DenoisingError, SelfConsistency
 from sparing.jobs import AppendLog, LogInUse, LogMismatch
 
 STEPS = 6
@@ -120,6 +121,50 @@ def test_a_search_that_failed_or_runs_elsewhere_leaves_the_folder_usable(tmp_pat
     with AppendLog(tmp_path / "candidates.jsonl", header), pytest.raises(LogInUse, match="another process"):
         search(**kwargs, num_inference_steps=2)
     assert len(records(tmp_path)) == 3
+
+
+def test_other_weights_or_settings_are_another_search(tmp_path):
+    def begin(folder, verifier, change=None, draft=None, algorithm=None):
+        pipe, kwargs = tiny_pipelines.build("dit")
+        if change is not None:
+            change(pipe)
+        search = NoiseSearch(pipe, verifier, algorithm or Random(2), out_dir=tmp_path / folder, draft=draft)
+        return search(**kwargs, num_inference_steps=STEPS)
+
+    def nudge(pipe):
+        with torch.no_grad():
+            for parameter in pipe.transformer.parameters():
+                parameter.mul_(1.001)
+
+    begin("a", Brightness(0.1))
+    begin("a", Brightness(0.1))
+    with pytest.raises(LogMismatch, match=r"verifiers\.brightness\.target was 0\.1 and is now 0\.9"):
+        begin("a", Brightness(0.9))
+    with pytest.raises(LogMismatch, match=r"models\.transformer was"):
+        begin("a", Brightness(0.1), nudge)
+    with pytest.raises(LogMismatch, match=r"verifier was 'brightness' and is now '2\*brightness'"):
+        begin("a", 2 * Brightness(0.1))
+
+    begin("b", DenoisingError(0.4))
+    with pytest.raises(LogMismatch, match="levels"):
+        begin("b", DenoisingError((0.4, 0.6)))
+
+    def one(samples, prompts):
+        return samples.flatten(1).mean(1)
+
+    def two(samples, prompts):
+        return samples.flatten(1).std(1)
+
+    two.__name__, two.__qualname__ = one.__name__, one.__qualname__
+    begin("c", one)
+    with pytest.raises(LogMismatch, match=r"verifiers\.one\.function\.code"):
+        begin("c", two)
+
+    with_draft = {"algorithm": Random(3, keep=1)}
+    begin("d", level, draft=fewer_steps(2), **with_draft)
+    begin("d", level, draft=fewer_steps(2), **with_draft)
+    with pytest.raises(LogMismatch, match=r"draft\.call\.num_inference_steps was 2 and is now 3"):
+        begin("d", level, draft=fewer_steps(3), **with_draft)
 
 
 def test_an_edited_log_is_not_believed(tmp_path):

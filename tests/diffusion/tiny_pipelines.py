@@ -304,3 +304,9 @@ ALL = {
 def build(name):
     torch.manual_seed(0)
     return ALL[name]()
+
+
+def build_with(name, scheduler):
+    pipe, kwargs = build(name)
+    pipe.scheduler = scheduler
+    return pipe, kwargs

@@ -26,17 +26,21 @@ _ROOM = 0.7  # share of the free memory below which a batch may double
 
 @dataclass
 class Keeper:
-    """Decoded samples that stay in memory: of every prompt the best ``keep`` (None: all), and the first if wanted."""
+    """Decoded samples that stay in memory: of every prompt the best ``keep`` (None: all), the first if wanted, and
+    until one is finished the best of those that came furthest: what a search gives whose budget ends early.
+    """
 
     keep: int | None
     first_too: bool = False
     samples: dict[Key, Tensor] = field(default_factory=dict)
     _best: dict[int, list[tuple[float, int]]] = field(default_factory=dict)  # prompt -> (score, id), best first
     _first: dict[int, int] = field(default_factory=dict)
+    _early: dict[int, tuple[tuple[int, float], int]] = field(default_factory=dict)  # prompt -> (how far and good), id
 
     def offer(self, candidate: Candidate, sample: Tensor | None) -> bool:
         """Whether a finished candidate is kept; ``sample=None``: it was logged earlier and is on the disk or gone."""
         prompt, score = candidate.prompt, -math.inf if math.isnan(candidate.score) else candidate.score
+        self._forget_early(prompt)
         ranking = self._best.setdefault(prompt, [])
         is_first = self._first.setdefault(prompt, candidate.id) == candidate.id and self.first_too
         wanted = self.keep is None or len(ranking) < self.keep or score > ranking[-1][0]
@@ -50,6 +54,20 @@ class Keeper:
         if (wanted or is_first) and sample is not None:
             self.samples[prompt, candidate.id] = sample.detach().cpu().clone()
         return wanted or is_first
+
+    def offer_early(self, candidate: Candidate, sample: Tensor) -> None:
+        """An unfinished candidate, or a draft, with what it decodes to so far."""
+        prompt, score = candidate.prompt, -math.inf if math.isnan(candidate.score) else candidate.score
+        worth, known = (candidate.stop, score), self._early.get(prompt)
+        if prompt in self._best or (known is not None and worth <= known[0]):
+            return
+        self._forget_early(prompt)
+        self._early[prompt] = worth, candidate.id
+        self.samples[prompt, candidate.id] = sample.detach().cpu().clone()
+
+    def _forget_early(self, prompt: int) -> None:
+        if prompt in self._early:
+            self.samples.pop((prompt, self._early.pop(prompt)[1]), None)
 
     def first(self, prompt: int) -> int | None:
         """Id of the first finished candidate."""
@@ -249,7 +267,9 @@ class BatchRunner:
                 self.log.known[key].preview = candidate.preview
                 if finished:
                     self.keeper.offer(self.log.known[key], None)
-            elif finished and self.keeper.offer(candidate, samples[i]):
+            elif not finished:
+                self.keeper.offer_early(candidate, samples[i])
+            elif self.keeper.offer(candidate, samples[i]):
                 offered.append(candidate)
         for candidate in offered:  # those that a later one of the batch displaced never reach the disk
             key = candidate.prompt, candidate.id

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from sparing import __version__
 from sparing.diffusion.search.batches import BatchRunner, Keeper
 from sparing.diffusion.search.call import Call
+from sparing.diffusion.search.identity import describe, models_of, settings_of
 from sparing.diffusion.search.ledger import Budget
 from sparing.diffusion.search.log import SearchLog
 from sparing.diffusion.search.plan import PromptSearch, Task
@@ -37,7 +38,7 @@ from sparing.diffusion.search.verifiers.base import as_verifier
 
 __all__ = ["Draft", "NoiseSearch"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -170,19 +171,22 @@ class NoiseSearch:
         # private entries are diffusers' bookkeeping, one of them a list in the random order of a set
         settings = {name: value for name, value in full.scheduler_config.items() if not name.startswith("_")}
         config = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=8)
-        draft = samplers.get("draft")
         return {
             "format": _FORMAT,
             "version": __version__,
             "pipeline": type(self.pipe).__name__,
+            "models": models_of(self.pipe),
             "scheduler": full.scheduler_name,
             "scheduler_config": config.hexdigest(),
             "call": call.described(),
             "call_hash": call.fingerprint(),
             "prompts": call.keys,
-            "draft": None if draft is None else {"pipeline": type(draft.pipe).__name__, "call": draft.call.described()},
-            "verifiers": [part.name for part in self.verifier.parts],
+            "draft": self._described_draft(samplers.get("draft")),
+            "verifiers": {
+                part.name: {**settings_of(part.leaf), "levels": list(part.view.levels)} for part in self.verifier.parts
+            },
             "verifier": self.verifier.name,
+            "combined": None if len(self.verifier.parts) == 1 else describe(self.verifier),
             "algorithm": self.algorithm.config(),
             "seed": self.seed,
             "budget": {name: getattr(self.budget, name) for name in ("nfe", "candidates")},
@@ -191,6 +195,17 @@ class NoiseSearch:
             "latent_shape": list(full.shape),
             "num_steps": full.num_steps,
             "batch_size": 1 if self.strict else self.batch_size,
+        }
+
+    def _described_draft(self, draft: Sampler | None) -> dict[str, Any] | None:
+        if draft is None or self.draft is None:
+            return None
+        return {
+            "pipeline": type(draft.pipe).__name__,
+            "models": models_of(draft.pipe),
+            "call": draft.call.described(),
+            # what the context manager was made with: a cache's threshold, say
+            "around": [describe(cell.cell_contents) for cell in getattr(self.draft.around, "__closure__", None) or ()],
         }
 
 
@@ -203,7 +218,8 @@ class _Run:
         self.rank, self.world = rank_and_world()
         self.scorer = Scorer(search.verifier, sample_rate=self.full.sample_rate)
         self.log = self._open_log()
-        self.keeper = Keeper(search.keep, first_too=bool(search.report))
+        draws = getattr(search.algorithm, "select", "argmax") == "sample"  # its winner need not be the best
+        self.keeper = Keeper(None if draws else search.keep, first_too=bool(search.report))
         try:
             self.searches = self._begin()
         except BaseException:
@@ -398,6 +414,7 @@ class _Run:
             prompt=self.call.prompts[one.prompt],
             num_steps=self.full.num_steps,
             nfe=ledger.nfe,
+            rerun_nfe=ledger.rerun,
             forwards=ledger.forwards,
             seconds=ledger.seconds,
             seconds_by_part=ledger.parts,
@@ -431,7 +448,7 @@ class _Run:
         return winner
 
     def _sample(self, one: PromptSearch, id: int) -> Tensor:
-        """A candidate's decoded sample: from memory, from its file, or run once more (its NFE are counted)."""
+        """A candidate's decoded sample: from memory, from its file, or run once more (counted apart)."""
         key = one.prompt, id
         found = self.keeper.samples.get(key)
         if self.world > 1:
@@ -442,8 +459,7 @@ class _Run:
             task = Task(one.prompt, id, one.proposal(id))
             output, _, _ = self.runner.generate([task], decode=True)
             assert output.samples is not None
-            one.ledger.nfe += output.calls
-            one.ledger.forwards += output.forwards
+            one.ledger.rerun += output.calls
             found = output.samples[0].detach().cpu()
         return found
 

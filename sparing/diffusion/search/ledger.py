@@ -77,12 +77,15 @@ class Budget:
 
 @dataclass
 class Ledger:
-    """Sums of one prompt's search. NFE: solver evaluations (a guidance pair is one); forwards: rows denoised."""
+    """Sums of one prompt's search. NFE: solver evaluations (a guidance pair is one); forwards: rows denoised; rerun:
+    NFE beside the search, for samples that were to be shown and had not been kept (of a search that is gone on with).
+    """
 
     nfe: int = 0
     forwards: int = 0
     candidates: int = 0
     seconds: float = 0.0
+    rerun: int = 0
     parts: dict[str, float] = field(default_factory=lambda: {"generate": 0.0, "decode": 0.0, "verify": 0.0})
 
     def add(self, *, nfe: int, forwards: int, seconds: float, parts: dict[str, float] | None = None) -> None:

@@ -43,8 +43,11 @@ class Levels:
         """Noise level at ``index``: flow and ve sigma, vp b = sqrt(1 - alpha_bar)."""
         return self.pairs[index][1]
 
-    def index_of(self, level: float) -> int:
+    def index_of(self, level: float, *, first: int = 0, every: int = 1) -> int:
         """The index whose level is nearest to ``level`` (the noisier of two equally near ones).
+
+        Args:
+            first, every: look at entries first, first + every, ... only: second-order solvers are cut at even ones.
 
         Raises:
             ValueError: ``level`` below 0 or above the noisiest level.
@@ -52,7 +55,7 @@ class Levels:
         noisiest = max(b for _, b in self.pairs)
         if not 0 <= level <= noisiest * (1 + 1e-6):
             raise ValueError(f"level {level:g} is off the schedule's range 0..{noisiest:g}")
-        return min(range(len(self.pairs)), key=lambda i: (abs(self.pairs[i][1] - level), i))
+        return min(range(first, len(self.pairs), every), key=lambda i: (abs(self.pairs[i][1] - level), i))
 
 
 def coefficients(family: Family, level: float) -> tuple[float, float]:

@@ -153,7 +153,7 @@ class PromptSearch:
         if recipe.mode == "resample_x0":
             if parent.x0_hat is None:
                 raise ValueError(f"{self.state.scheduler} gives no x0_hat to resample")
-            return second[0] * parent.x0_hat.float() + second[1] * draw
+            return (second[0] * parent.x0_hat.float() + second[1] * draw).to(parent.latent.dtype)
         moved = levels_of.renoise(parent.latent.float(), draw, first, second)
         return moved.to(parent.latent.dtype)
 

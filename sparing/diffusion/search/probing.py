@@ -55,10 +55,12 @@ def looks_of(parts: Sequence[Any]) -> Looks:
     return Looks(next(iter(watched), None), tuple(denoising))
 
 
-def _index_of(sampler: Sampler, level: float, *, asker: str) -> int:
+def _index_of(sampler: Sampler, level: float, *, asker: str, first: int = 0) -> int:
+    """The nearest entry that can be run from ``first`` on, in the solver's strides."""
     if sampler.levels is None:
         raise ValueError(f"{asker} needs the noise levels of {sampler.scheduler_name}, which are unknown")
-    return min(sampler.levels.index_of(level), sampler.num_steps - 1)
+    index = sampler.levels.index_of(level, first=first, every=sampler.order)
+    return index if index < sampler.num_steps else index - sampler.order
 
 
 def watched_cut(sampler: Sampler, level: float) -> int:
@@ -71,11 +73,9 @@ def watched_cut(sampler: Sampler, level: float) -> int:
     asker = "a verifier of the path"
     if not sampler.resumable:
         raise ValueError(f"{asker} stops the run on its way, and {sampler.scheduler_name} cannot be stopped")
-    cut = _index_of(sampler, level, asker=asker) + 1
-    if sampler.order == 2:
-        cut += cut % 2
-    if cut >= sampler.num_steps:
-        cut = sampler.num_steps - sampler.order
+    cut = _index_of(sampler, level, asker=asker, first=sampler.order - 1) + 1
+    while cut >= sampler.num_steps:
+        cut -= sampler.order
     if cut < 1:
         raise ValueError(f"{asker} compares an early estimate with the end: {sampler.num_steps} step is too few")
     return cut
@@ -143,8 +143,6 @@ def denoising_errors(
     calls, forwards, found = 0, 0, []
     for number, level in enumerate(levels):
         index = _index_of(sampler, level, asker="the denoising error")
-        if sampler.order == 2:
-            index -= index % 2
         assert sampler.levels is not None
         a, b = sampler.levels.pairs[index]
         if a < _PURE_NOISE:
@@ -153,6 +151,7 @@ def denoising_errors(
         noised = a * clean.float() + b * draw
         if index == 0:
             noised = noised / sampler.start_scale
+        noised = noised.to(clean.dtype)
         output = sampler.run(noised, prompts, index, index + 1, seeds=[number] * len(prompts), decode=False)
         if output.x0_hat is None:
             raise ValueError(f"{sampler.scheduler_name} gives no estimate of the clean sample")

@@ -67,6 +67,7 @@ class SearchResult:
         best: the winner, with ``sample``, ``score``, ``noise``, ``id``.
         num_steps: entries of the schedule; candidates with ``stop == num_steps`` are finished samples.
         nfe, forwards, seconds: totals of this search; ``seconds_by_part`` splits the seconds.
+        rerun_nfe: evaluations beside the search, for shown samples that had not been kept (after a resumption).
         report: held-out scores {verifier: {"first": ..., "best": ...}} of the first finished candidate and of the
             winner.
         kind: "image", "video" or "audio".
@@ -85,6 +86,7 @@ class SearchResult:
     algorithm: str
     kind: str = "image"
     sample_rate: int | None = None
+    rerun_nfe: int = 0
     report: dict[str, dict[str, float]] = field(default_factory=dict)
     rank: Callable[[Sequence[Outcome]], Tensor] | None = field(default=None, repr=False)
 

@@ -27,8 +27,8 @@ class Paths:
         renoise: 'marginal' keeps the present eps, 'resample_x0' diffuses x0_hat with fresh noise.
 
     Raises:
-        ValueError: counts below 1 or backward <= forward; in ``run``, levels off the schedule, rounds that make no
-            progress on its grid, or a scheduler whose levels are unknown.
+        ValueError: counts below 1 or backward <= forward; in ``run``, levels off the schedule, moves below its steps,
+            or a scheduler whose levels are unknown.
     """
 
     name = "paths"
@@ -101,15 +101,16 @@ class Paths:
             indices([first, *(index for rung in self.ladder for index in rung)], state)
             return first, self.ladder
         levels = Levels(state.levels, state.family)  # type: ignore[arg-type]
-        first = current = _even(levels.index_of(self.start), state)
+        first = current = levels.index_of(self.start, every=state.order)
         if not 0 < current < end:
             raise ValueError(f"start level {self.start:g} leaves nothing to run before or after it")
         rungs = []
         while current < end:
             noisier = levels.level(current) + self.forward
-            back = _even(levels.index_of(noisier), state)
+            back = levels.index_of(noisier, every=state.order)
             cleaner = levels.level(back) - self.backward
-            land = end if cleaner <= 0 else _even(levels.index_of(cleaner), state)
+            land = end if cleaner <= 0 else levels.index_of(cleaner, every=state.order)
+            land = min(max(land, current + state.order), end)  # backward > forward: at least one entry further
             if not back < current < land:
                 raise ValueError(
                     f"on this schedule of {end} steps a round from level {levels.level(current):g} to {noisier:g} and "
@@ -120,8 +121,3 @@ class Paths:
             current = land
         indices([first, *(index for rung in rungs for index in rung)], state)
         return first, rungs
-
-
-def _even(index: int, state: SearchState) -> int:
-    """The index itself, or the even one before it for a second-order solver."""
-    return index - index % 2 if state.order == 2 and index != state.num_steps else index

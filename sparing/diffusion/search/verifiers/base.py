@@ -96,18 +96,31 @@ class Verifier:
         if isinstance(samples, Tensor) and not graph:
             samples = samples.detach()
         step = self.batch_size or count
+        ours = type(self).measure.__module__.startswith("sparing.") and not isinstance(self, _Function)
         parts = []
         with torch.set_grad_enabled(graph), _full_precision(samples):
             for start in range(0, count, step):
                 chunk = slice(start, start + step)
                 part = samples[chunk]
+                if isinstance(part, Tensor) and not ours:
+                    part = part.clone()  # others' code may normalise in place; the samples are everybody's
                 parts.append(checked_scores(self.measure(part, texts[chunk]), name=self.name, count=len(part)))
             return torch.cat(parts)
 
     @property
     def view(self) -> View:
-        """What it wants to see, with the levels."""
-        return View(self.space, tuple(self.levels))
+        """What it wants to see, with the levels.
+
+        Raises:
+            ValueError: levels without a space that has any, or the other way round.
+        """
+        levels = tuple(self.levels)
+        if (self.space in _AT_LEVELS) != bool(levels) or (self.space == "path" and len(levels) != 1):
+            raise ValueError(
+                f"verifier {self.name!r}: levels go with the spaces path (one) and denoising (one or more), got "
+                f"{self.space!r} with {levels}"
+            )
+        return View(self.space, levels)
 
     @property
     def pooled(self) -> bool:
@@ -193,27 +206,23 @@ class _Function(Verifier):
         source = function if source is None else source
         own = getattr(source, "name", None) or getattr(source, "__name__", None) or type(source).__name__
         self.name = name or str(own)
-        self._function, self._source = function, source
+        self.function, self.source = function, source
         for attribute in _TAKEN_OVER:
             if hasattr(source, attribute):
                 setattr(self, attribute, getattr(source, attribute))
         if self.space not in SPACES:
             raise ValueError(f"verifier {self.name!r} has space {self.space!r}; possible: {', '.join(SPACES)}")
-        if (self.space in _AT_LEVELS) != bool(self.levels) or (self.space == "path" and len(self.levels) != 1):
-            raise ValueError(
-                f"verifier {self.name!r}: levels go with the spaces path (one) and denoising (one or more), got "
-                f"{self.space!r} with {tuple(self.levels)}"
-            )
+        _ = self.view  # levels that do not go with the space are refused here
 
     def measure(self, samples: Any, prompts: Sequence[Any]) -> Any:
         if hasattr(self, "sample_rate"):
-            self._source.sample_rate = self.sample_rate
-        return self._function(samples, prompts)
+            self.source.sample_rate = self.sample_rate
+        return self.function(samples, prompts)
 
     @property
     def leaf(self) -> Verifier:
         """A leaf under another name stands for that leaf."""
-        return self._source if isinstance(self._source, Verifier) else self
+        return self.source if isinstance(self.source, Verifier) else self
 
 
 _TAKEN_OVER = ("cost", "space", "levels", "needs_text", "differentiable", "batch_size", "sample_rate")
