@@ -123,12 +123,17 @@ def bytes_of_peer(network: nn.Module) -> int:
 
 
 def measure(variants: list[Variant], *, rounds: int) -> dict[str, dict[str, float]]:
-    """Median and interquartile range of seconds per step of one stream, every variant once a round."""
+    """Median and interquartile range of seconds per step of one stream, every variant once a round.
+
+    Each timed call follows an untimed one of the same variant: a step that comes after a whole clip finds cold caches
+    and takes nearly twice as long, whichever it is.
+    """
     times: dict[str, list[float]] = {name: [] for name, _, _ in variants}
     for _, call, _ in variants:
         call()
     for _ in range(rounds):
         for name, call, steps in variants:
+            call()
             start = time.perf_counter()
             call()
             times[name].append((time.perf_counter() - start) / steps)
@@ -154,8 +159,6 @@ def convolution_rows(peer: Any, streams: int, *, rounds: int) -> dict[str, Any]:
         ("ours, lock-step", stepper(network, x, lockstep=True), streams),
         ("clip recompute (16 frames)", lambda: network(clip), streams),
     ]
-    if streams == 1:  # one stream has one clock
-        variants[0], variants[1] = variants[1], variants[0]
     memory = {"ours": network.plan((3, 32, 32)).bytes_per_stream}
     if peer is not None:
         one = torch.randn(1, 3, 32, 32)
