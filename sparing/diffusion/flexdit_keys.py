@@ -71,17 +71,18 @@ _SDTM_PARTS = ("token_merge_blocks", "semantic_blocks", "token_recover_blocks", 
 
 
 def unwrap_checkpoint(state: Mapping[str, Any]) -> State:
-    """The weights of a training checkpoint ``{"model", "ema", "opt", "args"}``: those of "ema", else "model"; a bare
-    dict as it is.
+    """The weights of a training checkpoint ``{"model", "ema", "opt", "args"}``: those of "ema", else "model", else
+    "state_dict" (PixArt's); a bare dict as it is.
     """
-    for name in ("ema", "model"):
+    for name in ("ema", "model", "state_dict"):
         if name in state and isinstance(state[name], Mapping):
             state = state[name]
             break
     wrong = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if wrong:
         raise ValueError(
-            f"checkpoint entry {wrong[0]!r} is not a tensor; expected a state dict, or one under 'ema' or 'model'"
+            f"checkpoint entry {wrong[0]!r} is not a tensor; expected a state dict, or one under 'ema', 'model' or "
+            "'state_dict'"
         )
     return dict(state)
 

@@ -11,7 +11,8 @@ pooling blocks), so a host's LoRA targets stay. Without sparse layers the twin e
 runs it unmodified, also at rectangular aspect-ratio sizes (the position table is interpolated as the host's is).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -26,9 +27,11 @@ from diffusers.models.normalization import AdaLayerNormSingle
 from einops import rearrange
 from torch import Tensor, nn
 
+from sparing.diffusion import flexdit_keys as keys
 from sparing.diffusion.blocks import FlexDiTBlock, run_blocks
 from sparing.diffusion.density import Density, parse_density
 from sparing.diffusion.flexdit_flops import Count, text_conditional_macs
+from sparing.diffusion.flexdit_pixart_keys import infer_pixart_shape, plain_from_pixart
 from sparing.diffusion.hosting import FlexDiTTwin, latent_grid, reasons_against, text_bias, twin_of_dense
 from sparing.kernels import ln_modulate
 
@@ -297,4 +300,48 @@ class FlexDiTPixArtTransformer2DModel(
             layout=layout,
             density_table=density_table,
             check_finite=check_finite,
+        )
+
+    @classmethod
+    def from_pixart(
+        cls,
+        source: str | Path | Mapping[str, Tensor],
+        *,
+        num_attention_heads: int | None = None,
+        sample_size: int | None = None,
+        num_pooling: int = 2,
+        num_sdtm: int = 4,
+        sdtm_group: Sequence[int] = (1, 3, 1, 1),
+        num_dense_top: int = 2,
+        density_table: Any = None,
+        check_finite: bool = False,
+    ) -> Self:
+        """A FlexDiT from a dense PixArt-alpha checkpoint, in its authors' names or in diffusers'.
+
+        Args:
+            source: a state dict, or a file (.safetensors, .pth, .pt; nothing is unpickled but tensors).
+            num_attention_heads: where the width is not that of PixArt-XL/2 (1152: 16).
+            sample_size: latent side; None: read from the checkpoint's position table.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: another checkpoint, missing or extra names, a layout of the wrong depth, NaN weights when
+                ``check_finite``.
+        """
+        state = keys.read_checkpoint(source) if isinstance(source, str | Path) else keys.unwrap_checkpoint(source)
+        plain = plain_from_pixart(state)
+        shape = infer_pixart_shape(
+            plain,
+            pos_embed=state.get("pos_embed"),
+            num_attention_heads=num_attention_heads,
+            sample_size=sample_size,
+        )
+        layout = {
+            "num_pooling": num_pooling,
+            "num_sdtm": num_sdtm,
+            "sdtm_group": list(sdtm_group),
+            "num_dense_top": num_dense_top,
+        }
+        return twin_of_dense(
+            cls, plain, shape=shape, layout=layout, density_table=density_table, check_finite=check_finite
         )

@@ -188,3 +188,86 @@ def test_pixart_alpha_pipeline_runs_it_unmodified():
         generator=torch.Generator().manual_seed(0),
     ).images
     assert out.shape == (1, 16, 24, 3)
+
+
+# -- the authors' checkpoints
+
+
+def _authors_names(host) -> dict[str, torch.Tensor]:
+    """A host's weights as PixArt's own code calls them, written out by hand."""
+    own = host.state_dict()
+    found = {
+        "x_embedder.proj": "pos_embed.proj",
+        "y_embedder.y_proj.fc1": "caption_projection.linear_1",
+        "y_embedder.y_proj.fc2": "caption_projection.linear_2",
+        "t_embedder.mlp.0": "adaln_single.emb.timestep_embedder.linear_1",
+        "t_embedder.mlp.2": "adaln_single.emb.timestep_embedder.linear_2",
+        "t_block.1": "adaln_single.linear",
+        "final_layer.linear": "proj_out",
+    }
+    if host.use_additional_conditions:
+        for theirs, ours in (("csize_embedder", "resolution_embedder"), ("ar_embedder", "aspect_ratio_embedder")):
+            found |= {f"{theirs}.mlp.{2 * i}": f"adaln_single.emb.{ours}.linear_{i + 1}" for i in range(2)}
+    state = {f"{a}.{kind}": own[f"{b}.{kind}"] for a, b in found.items() for kind in ("weight", "bias")}
+    state["final_layer.scale_shift_table"] = own["scale_shift_table"]
+    for i in range(host.config.num_layers):
+        a, b = f"blocks.{i}", f"transformer_blocks.{i}"
+        state[f"{a}.scale_shift_table"] = own[f"{b}.scale_shift_table"]
+        for kind in ("weight", "bias"):
+            state[f"{a}.attn.qkv.{kind}"] = torch.cat([own[f"{b}.attn1.to_{n}.{kind}"] for n in "qkv"])
+            state[f"{a}.attn.proj.{kind}"] = own[f"{b}.attn1.to_out.0.{kind}"]
+            state[f"{a}.cross_attn.q_linear.{kind}"] = own[f"{b}.attn2.to_q.{kind}"]
+            state[f"{a}.cross_attn.kv_linear.{kind}"] = torch.cat([own[f"{b}.attn2.to_{n}.{kind}"] for n in "kv"])
+            state[f"{a}.cross_attn.proj.{kind}"] = own[f"{b}.attn2.to_out.0.{kind}"]
+            state[f"{a}.mlp.fc1.{kind}"] = own[f"{b}.ff.net.0.proj.{kind}"]
+            state[f"{a}.mlp.fc2.{kind}"] = own[f"{b}.ff.net.2.{kind}"]
+    state["pos_embed"] = torch.zeros(1, 64, host.inner_dim)
+    state["y_embedder.y_embedding"] = torch.zeros(120, 12)
+    return state
+
+
+@pytest.mark.parametrize("additional", [False, True])
+def test_the_authors_checkpoint_gives_what_the_live_host_gives(additional, tmp_path):
+    host = _host(num_attention_heads=3, cross_attention_dim=24, use_additional_conditions=additional)
+    state = _authors_names(host)
+    expected = FlexDiTPixArtTransformer2DModel.from_host(host, **LAYOUT)
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "pixart.pth")
+    for source in (state, tmp_path / "pixart.pth"):
+        model = FlexDiTPixArtTransformer2DModel.from_pixart(source, num_attention_heads=3, **LAYOUT)
+        assert {k: v for k, v in model.config.items() if k[0] != "_"} == {
+            k: v for k, v in expected.config.items() if k[0] != "_"
+        }
+        assert model.state_dict().keys() == expected.state_dict().keys()
+        assert all(torch.equal(value, expected.state_dict()[key]) for key, value in model.state_dict().items())
+    plain = FlexDiTPixArtTransformer2DModel.from_pixart(
+        host.state_dict(), num_attention_heads=3, sample_size=16, **LAYOUT
+    )
+    assert all(torch.equal(value, expected.state_dict()[key]) for key, value in plain.state_dict().items())
+
+
+def test_other_checkpoints_are_refused_by_name(tmp_path):
+    state = _authors_names(_host())
+
+    def convert(state, **kwargs):
+        return FlexDiTPixArtTransformer2DModel.from_pixart(state, **{"num_attention_heads": 4, **LAYOUT, **kwargs})
+
+    for change, message in (
+        ({"blocks.3.attn.rel_pos_h": torch.zeros(3)}, "'blocks.3.attn.rel_pos_h', which no PixArt-alpha has"),
+        ({"blocks.2.attn.qkv.weight": torch.zeros(31, 32)}, "no stack of 3 layers"),
+        ({"blocks.2.mlp.fc2.bias": torch.zeros(31)}, r"'transformer_blocks.2.ff.net.2.bias' has shape \(31,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert({**state, **change})
+    with pytest.raises(ValueError, match=r"1 missing, first 'transformer_blocks.4.ff.net.2.bias'"):
+        convert({key: value for key, value in state.items() if key != "blocks.4.mlp.fc2.bias"})
+    with pytest.raises(ValueError, match="pass sample_size"):
+        convert({key: value for key, value in state.items() if key != "pos_embed"})
+    with pytest.raises(ValueError, match="number of attention heads cannot be read"):
+        convert(state, num_attention_heads=None)
+    with pytest.raises(ValueError, match="not a PixArt checkpoint"):
+        convert({"conv.weight": torch.zeros(1)})
+    with pytest.raises(FileNotFoundError):
+        convert(tmp_path / "absent.pth")
+    bad = {**state, "blocks.1.mlp.fc1.bias": state["blocks.1.mlp.fc1.bias"] * float("nan")}
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        convert(bad, check_finite=True)
