@@ -35,7 +35,7 @@ def fingerprint(network: nn.Module) -> str:
     config = getattr(network, "config", None)
     entries = dict(config) if isinstance(config, Mapping) else {}
     shown = sorted((key, repr(value)) for key, value in entries.items() if not key.startswith("_"))
-    state = [(name, value) for name, value in network.state_dict().items() if isinstance(value, Tensor)]
+    state = [*network.named_parameters(), *network.named_buffers()]
     names = repr([(name, tuple(value.shape)) for name, value in state])
     real = [value for _, value in state if value.numel() and value.device.type != "meta" and not value.is_quantized]
     stride = max(1, -(-len(real) // _SAMPLED))
