@@ -31,9 +31,12 @@ def search(
     prompts: Annotated[list[str] | None, typer.Option("--prompt", help="A text prompt; repeatable.")] = None,
     classes: Annotated[list[str] | None, typer.Option("--class", help="A class index or name; repeatable.")] = None,
     algorithm: Annotated[
-        str, typer.Option(help=f"NAME[:KEY=VALUE,...], e.g. halving:n=16,stops=[8,14,20],keeps=[8,4,1]: {_ALGORITHMS}.")
-    ] = "random",
-    preset: Annotated[str, typer.Option(help="Published settings by name instead.")] = "",
+        str,
+        typer.Option(
+            help=f"NAME[:KEY=VALUE,...], e.g. halving:n=16,stops=[8,14,20],keeps=[8,4,1]: {_ALGORITHMS}; else random."
+        ),
+    ] = "",
+    preset: Annotated[str, typer.Option(help="Published settings by name, instead of an algorithm.")] = "",
     budget: Annotated[str, typer.Option(help="400nfe, 90s, 5min or 12candidates, of each prompt.")] = "",
     steps: Annotated[int, typer.Option(help="Denoiser steps; 0: the pipeline's own number.")] = 0,
     guidance_scale: Annotated[float, typer.Option(help="Negative: the pipeline's own.")] = -1.0,

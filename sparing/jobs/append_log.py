@@ -2,9 +2,10 @@
 
 A batch of lines is one write, flushed to the disk before ``append`` returns. Whatever kills the process, the file holds
 whole lines and at most one torn last one, which the next opening drops. One process writes at a time: the file is
-locked (``flock``) while it is open.
+locked (``flock``) while it is open. A file that is no log of the kind is never written to.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -38,12 +39,13 @@ class AppendLog:
         ignore: header fields that may differ from those of an earlier run (versions, say).
         force: go on although the header differs.
 
-    ``records`` are the lines of earlier runs. A log of another job without a single record is begun anew.
+    ``records`` are the lines of earlier runs. A log of another job without a single record is begun anew. A file is
+    taken for a log when it is empty or begins, torn or whole, with the name of the header's first field.
 
     Raises:
         LogInUse: it is open for writing already.
         LogMismatch: the file is of another job; the message names the fields that differ.
-        ValueError: a line in the middle is no JSON object.
+        ValueError: the file is no log, or a line in the middle is no JSON object.
         OSError: the disk is full, or the file cannot be written; what it held is intact.
     """
 
@@ -55,14 +57,13 @@ class AppendLog:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             _lock(self._file, self.path)
+            _refuse_foreign(self.path, header)
             lines, self._size = _read(self.path)
             self.records: list[dict[str, Any]] = lines[1:]
-            if lines:
-                found = differences(lines[0], _restored(json.loads(_line(header))), ignore=ignore)
-                if found and not self.records:
-                    lines, self._size = [], 0  # another job that never did anything: nothing is lost
-                elif found and not force:
-                    raise LogMismatch(f"{self.path} is the log of another job; " + "; ".join(found))
+            if lines and not self.records and _differences(lines, header, ignore):
+                lines, self._size = [], 0  # another job that never did anything: nothing is lost
+            if not force:
+                _refuse_another(self.path, lines, header, ignore)
             os.ftruncate(self._file, self._size)  # a torn last line
             if not lines:
                 self.append([dict(header)], keep=False)
@@ -99,6 +100,8 @@ class AppendLog:
 
     def close(self) -> None:
         if self._file >= 0:
+            with contextlib.suppress(OSError):  # the file system may have no locks
+                fcntl.flock(self._file, fcntl.LOCK_UN)  # else a forked child, which has the file too, holds the lock
             os.close(self._file)
             self._file = -1
 
@@ -135,9 +138,41 @@ def differences(logged: Any, present: Any, *, ignore: Iterable[str] = (), name: 
     return [] if same else [f"{name} was {logged!r} and is now {present!r}"]
 
 
-def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """Header and records of a log that this process does not write; a torn last line is left out."""
-    return _read(Path(path))[0]
+def _differences(lines: list[dict[str, Any]], header: Mapping[str, Any], ignore: Iterable[str]) -> list[str]:
+    return differences(lines[0], _restored(json.loads(_line(header))), ignore=ignore)
+
+
+def _refuse_another(path: Path, lines: list[dict[str, Any]], header: Mapping[str, Any], ignore: Iterable[str]) -> None:
+    found = _differences(lines, header, ignore) if len(lines) > 1 else []
+    if found:
+        raise LogMismatch(f"{path} is the log of another job; " + "; ".join(found))
+
+
+def _refuse_foreign(path: Path, header: Mapping[str, Any]) -> None:
+    """A file of somebody else's: its beginning is not that of our header, nor was it torn within that."""
+    beginning = _line(header).partition(":")[0].encode()
+    with path.open("rb") as file:
+        found = file.read(len(beginning))
+    if not beginning.startswith(found):
+        raise ValueError(f"{path} is no log of this program and is left alone: move it, or take another folder")
+
+
+def read_log(
+    path: str | Path, header: Mapping[str, Any] | None = None, *, ignore: Iterable[str] = ()
+) -> list[dict[str, Any]]:
+    """Header and records of a log that this process does not write; a torn last line is left out.
+
+    Args:
+        header: what the job is, where records of another one are refused; ``ignore``: fields that may differ.
+
+    Raises:
+        LogMismatch: it has records, of another job than ``header``; the message names the fields that differ.
+        ValueError: a line in the middle is no JSON object.
+    """
+    lines = _read(Path(path))[0]
+    if header is not None:
+        _refuse_another(Path(path), lines, header, ignore)
+    return lines
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -4,12 +4,16 @@
         --verifiers classifier:model=vit_micro_patch4_28.demo_fashion --algorithm random:n=16 --out runs/search
 
 ``--model`` is a class-conditional transformer (a name of the zoo with weights, or a folder), ``--pipeline`` a folder or
-hub id of any diffusers pipeline that loops over a scheduler. A killed search goes on from ``--out``. The same function
-is ``sparing search``.
+hub id of any diffusers pipeline that loops over a scheduler, with ``--prompts``, ``--labels`` or neither, as it takes
+them. A killed search goes on from ``--out``. The same function is ``sparing search``.
 """
 
+import inspect
 import json
+import math
+import re
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,12 +23,13 @@ from sparing.diffusion.pipelines import FlexDiTPipeline
 from sparing.diffusion.search import Budget, Draft, NoiseSearch, SearchResult
 from sparing.diffusion.search.algorithms import ALGORITHMS, PRESETS
 from sparing.diffusion.search.drafts import cached_draft, draft_agreement, fewer_steps, twin_draft
+from sparing.diffusion.search.settings import check_whole
 from sparing.diffusion.search.verifiers.names import VERIFIERS, key_values, make_verifier, make_verifiers
 from sparing.recipes.generate import open_pipeline, open_stored, open_transformer
 from sparing.training.checkpoint import atomic_file
 from sparing.zoo.table import closest
 
-__all__ = ["make_algorithm", "make_draft", "open_any", "search", "settings_of", "summary"]
+__all__ = ["condition_of", "make_algorithm", "make_draft", "open_any", "search", "settings_of", "summary"]
 
 
 def open_any(model: str | Path | None, pipeline: str | Path | None, *, vae: str | Path | None = None) -> Any:
@@ -40,6 +45,27 @@ def open_any(model: str | Path | None, pipeline: str | Path | None, *, vae: str 
         return open_pipeline(model, vae=vae)
     assert pipeline is not None
     return open_stored(pipeline)
+
+
+def condition_of(pipe: Any) -> str | None:
+    """What a pipeline is asked for: "prompt", "class_labels", or None where it makes samples of one kind only."""
+    parameters = inspect.signature(pipe.__call__).parameters
+    if "prompt" in parameters:
+        return "prompt"
+    if "class_labels" not in parameters:
+        return None
+    # consistency models take labels by name, whether their network has classes or not
+    needed = parameters["class_labels"].default is inspect.Parameter.empty
+    return "class_labels" if needed or _num_classes(pipe) else None
+
+
+def _num_classes(pipe: Any) -> int | None:
+    for part in ("transformer", "unet"):
+        config = getattr(getattr(pipe, part, None), "config", None)
+        for name in ("num_embeds_ada_norm", "num_class_embeds"):
+            if getattr(config, name, None):
+                return int(getattr(config, name))
+    return None
 
 
 def settings_of(text: str) -> tuple[str, dict[str, Any]]:
@@ -65,7 +91,7 @@ def make_algorithm(text: str) -> Any:
     try:
         return ALGORITHMS[name](**settings)
     except TypeError as error:
-        known = [key for key in ALGORITHMS[name]().config() if key != "name"]
+        known = inspect.signature(ALGORITHMS[name]).parameters
         raise ValueError(f"algorithm {text!r}: {error}; it takes {', '.join(known)}") from error
 
 
@@ -74,10 +100,11 @@ def make_draft(text: str, pipe: Any) -> Draft:
     other arguments of the pipeline beside them or alone.
 
     Raises:
-        ValueError: both a twin and a cache, or nothing cheaper.
+        ValueError: both a twin and a cache, nothing cheaper, or a twin that is no denoiser.
     """
     _, settings = settings_of(f":{text}")
     if "steps" in settings:
+        check_whole(steps=settings["steps"])
         settings["num_inference_steps"] = settings.pop("steps")
     model, cache = settings.pop("model", None), settings.pop("cache", None)
     if model is not None and cache is not None:
@@ -117,18 +144,21 @@ def search(
 
     Args:
         pipe: see :class:`sparing.diffusion.search.NoiseSearch`, as are the arguments not named here.
-        wanted: prompts or class labels, each an independent search.
+        wanted: prompts or class labels, each an independent search; empty for a pipeline that takes neither.
         call: further arguments of the pipeline.
-        out: folder; ``candidates.jsonl``, ``results.json``, and for each prompt ``sheet_N.png``, ``curve_N.svg``, and
-            ``best_N.png`` or (video, audio) ``best_N.safetensors``.
+        out: folder; ``candidates.jsonl``, ``results.json``, and for each prompt ``best_N.png`` or (video, audio)
+            ``best_N.safetensors``, ``sheet_N.png``, and ``curve_N.svg`` where a finished candidate has a finite score.
 
     Raises:
         ValueError: nothing is wanted, or what :class:`NoiseSearch` refuses.
     """
     if Path(out).is_file():
         raise ValueError(f"out: {str(out)!r} is a file, and a search writes a folder")
-    if not wanted:
+    condition, call = condition_of(pipe), dict(call or {})
+    if not wanted and condition is not None:
         raise ValueError("nothing to search for: give at least one prompt or class")
+    if condition in call:
+        raise ValueError(f"{condition} is given twice")
     engine = NoiseSearch(
         pipe,
         verifier,
@@ -142,22 +172,36 @@ def search(
         keep=keep,
         force=force,
     )
-    found = engine(list(wanted), **(call or {}))
+    if condition == "class_labels":
+        found = engine(**call, class_labels=list(wanted))
+    else:
+        found = engine(list(wanted) or None, **call)
     results: list[SearchResult] = found if isinstance(found, list) else [found]
     folder = Path(out)
     for number, result in enumerate(results):
-        result.sheet(folder / f"sheet_{number}.png")
-        if result.finished:
-            result.plot(folder / f"curve_{number}.svg")
         _write_best(result, folder, number)
-    text = json.dumps([summary(result) for result in results], indent=2, default=str)
+    text = json.dumps([summary(result) for result in results], indent=2, default=str, allow_nan=False)
     with atomic_file(folder / "results.json") as file:
         file.write(text.encode())
+    for number, result in enumerate(results):
+        result.sheet(folder / f"sheet_{number}.png")
+        if result.finished:
+            _plot(result, folder / f"curve_{number}.svg")
     return results
 
 
+def _plot(result: SearchResult, path: Path) -> None:
+    try:
+        result.plot(path)
+    except ValueError as error:  # the search is done and its results are written
+        warnings.warn(f"{path.name} is left out: {error}", stacklevel=3)
+
+
 def summary(result: SearchResult) -> dict[str, Any]:
-    """A result as JSON: the winner, its score against the first candidate's, and what was spent."""
+    """A result as JSON: the winner, its score against the first candidate's, and what was spent.
+
+    Numbers that are not finite are None.
+    """
     first = result.finished[0].score if result.finished else None
     numbers = {
         "prompt": result.prompt,
@@ -173,7 +217,13 @@ def summary(result: SearchResult) -> dict[str, Any]:
     }
     if any(candidate.via == "draft" for candidate in result.candidates):
         numbers["draft"] = dict(draft_agreement(result))
-    return numbers
+    return {name: _finite(value) for name, value in numbers.items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(entry) for name, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_best(result: SearchResult, folder: Path, number: int) -> None:
@@ -205,8 +255,10 @@ class Arguments:
     pipeline: str = field(default="", metadata={"help": "folder or hub id of a diffusers pipeline"})
     prompts: list[str] = field(default_factory=list, metadata={"help": "text prompts"})
     labels: list[str] = field(default_factory=list, metadata={"help": "class indices or names"})
-    algorithm: str = field(default="random", metadata={"help": f"NAME[:KEY=VALUE,...]; names: {', '.join(ALGORITHMS)}"})
-    preset: str = field(default="", metadata={"help": f"published settings: {', '.join(PRESETS)}"})
+    algorithm: str = field(
+        default="", metadata={"help": f"NAME[:KEY=VALUE,...], random if empty; names: {', '.join(ALGORITHMS)}"}
+    )
+    preset: str = field(default="", metadata={"help": f"published settings instead: {', '.join(PRESETS)}"})
     budget: str = field(default="", metadata={"help": "400nfe, 90s, 5min or 12candidates, of each prompt"})
     steps: int = field(default=0, metadata={"help": "denoiser steps; the pipeline's own number if 0"})
     guidance_scale: float = field(default=-1.0, metadata={"help": "the pipeline's own if negative"})
@@ -226,19 +278,28 @@ def run(wanted: Arguments) -> list[SearchResult]:
     Raises:
         ValueError: arguments that do not go together, or name what there is not.
     """
-    if bool(wanted.prompts) == bool(wanted.labels):
+    if wanted.prompts and wanted.labels:
         raise ValueError("give either prompts or classes")
+    if not math.isfinite(wanted.guidance_scale):
+        raise ValueError(f"guidance_scale must be a finite number, got {wanted.guidance_scale}")
     call: dict[str, Any] = settings_of(f":{wanted.call}")[1]
-    algorithm = wanted.algorithm
     if wanted.preset:
         if wanted.preset not in PRESETS:
             near = closest(wanted.preset, PRESETS) or "there are " + ", ".join(PRESETS)
             raise ValueError(f"no preset {wanted.preset!r}; {near}")
+        if wanted.algorithm:
+            raise ValueError(
+                f"a preset names its algorithm: give either preset {wanted.preset!r} or algorithm {wanted.algorithm!r}"
+            )
         preset: Mapping[str, Any] = PRESETS[wanted.preset]
         call = {**preset["call"], **call}
         chosen: Any = ALGORITHMS[preset["algorithm"]](**preset["kwargs"])
     else:
-        chosen = make_algorithm(algorithm)
+        chosen = make_algorithm(wanted.algorithm or "random")
+    if wanted.draft and chosen.config().get("keep") is None:
+        raise ValueError(
+            f"draft {wanted.draft!r}: {chosen.name} runs no drafts here; algorithm random:n=N,keep=K uses it"
+        )
     if wanted.steps:
         call["num_inference_steps"] = wanted.steps
     if wanted.guidance_scale >= 0:
@@ -247,12 +308,9 @@ def run(wanted: Arguments) -> list[SearchResult]:
     pipe = open_any(wanted.model or None, wanted.pipeline or None, vae=wanted.vae or None)
     if wanted.device:
         pipe.to(wanted.device)
-    labels = [int(label) if label.lstrip("-").isdigit() else label for label in wanted.labels]
-    if labels and isinstance(pipe, FlexDiTPipeline):
-        pipe.label_indices(labels)  # a wrong one is told before anything is run
     return search(
         pipe,
-        wanted.prompts or labels,
+        _wanted(pipe, wanted.prompts, wanted.labels),
         verifier,
         chosen,
         out=wanted.out,
@@ -266,13 +324,40 @@ def run(wanted: Arguments) -> list[SearchResult]:
     )
 
 
+def _wanted(pipe: Any, prompts: Sequence[str], labels: Sequence[str]) -> Sequence[Any]:
+    """Prompts or labels as the pipeline takes them; what it does not take is told before anything is run."""
+    kind, condition = type(pipe).__name__, condition_of(pipe)
+    takes = {"prompt": "text prompts", "class_labels": "classes", None: "neither prompts nor classes"}[condition]
+    given = "prompts" if prompts else "classes" if labels else "none"
+    if {"prompt": bool(prompts), "class_labels": bool(labels), None: not (prompts or labels)}[condition]:
+        return prompts or _class_labels(pipe, labels)
+    raise ValueError(f"{kind} takes {takes}, and {given} were given")
+
+
+def _class_labels(pipe: Any, texts: Sequence[str]) -> list[int | str]:
+    labels = [int(text) if re.fullmatch(r"-?\d+", text) else text for text in texts]
+    if isinstance(pipe, FlexDiTPipeline):
+        pipe.label_indices(labels)
+        return labels
+    names, count, found = getattr(pipe, "labels", None) or {}, _num_classes(pipe), list[int | str]()
+    for label in labels:
+        if isinstance(label, str) and label not in names:
+            raise ValueError(f"no class {label!r}; {closest(label, names) or 'give an index'}")
+        index = names[label] if isinstance(label, str) else label
+        if count is not None and not 0 <= index < count:
+            raise ValueError(f"class {label} is out of range: the model has classes 0..{count - 1}")
+        found.append(index)
+    return found
+
+
 def lines_of(results: Sequence[SearchResult]) -> list[str]:
     """One line a prompt."""
     found = []
     for result in results:
         first = result.finished[0].score if result.finished else float("nan")
+        name = "no prompt" if result.prompt is None else repr(result.prompt)
         found.append(
-            f"{result.prompt!r}: score {result.best.score:.4g} (candidate {result.best.id} of "
+            f"{name}: score {result.best.score:.4g} (candidate {result.best.id} of "
             f"{len(result.candidates)}; the first had {first:.4g}), {result.nfe} NFE, {result.seconds:.1f} s"
         )
         found += [
@@ -289,7 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
     (wanted,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses(arguments)
     try:
         results = run(Arguments(**asdict(wanted)))
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, NotImplementedError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("\n".join(lines_of(results)))

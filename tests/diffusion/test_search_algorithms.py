@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from statistics import mean
 
 import diffusers
@@ -263,6 +264,19 @@ def test_renoising_to_a_cleaner_level_is_refused():
         (lambda: SMC(1), "got 1 and 0"),
         (lambda: SMC(4, lam=[1.0, 2.0]), "2 numbers for 4 checks"),
         (lambda: Evolutionary(3, elites=4), "at most population"),
+        (lambda: Random(2.5), "n must be a whole number, got 2.5"),
+        (lambda: Random("abc"), "n must be a whole number, got 'abc'"),
+        (lambda: Random(4, keep=True), "keep must be a whole number, got True"),
+        (lambda: Halving(4, stops=[2, 4], keeps=[1.5, 1]), r"keeps\[0\] must be a whole number, got 1.5"),
+        (lambda: Halving(4, stops=[2, 4], keeps=2), "keeps must be a list of numbers, got 2"),
+        (lambda: Halving(4, stops=[2, math.inf], keeps=[2, 1]), r"stops\[1\] must be a finite number, got inf"),
+        (lambda: ZeroOrder(2.5), "rounds must be a whole number, got 2.5"),
+        (lambda: ZeroOrder(2, 2, radius="far"), "radius must be a finite number, got 'far'"),
+        (lambda: ZeroOrder(2, 2, rule="cross"), "rule must be one of rotate, mix, shell, shell_free, got 'cross'"),
+        (lambda: SMC(4, checks="ab"), "checks must be a list of numbers, got 'ab'"),
+        (lambda: SMC(4, lam="x"), r"lam must be a list of numbers, got 'x'"),
+        (lambda: SMC(4, ess_threshold="x"), "ess_threshold must be a finite number, got 'x'"),
+        (lambda: Evolutionary(3.5), "population must be a whole number, got 3.5"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(build, words):
@@ -281,6 +295,8 @@ def test_ladders_that_do_not_fit_the_schedule_are_refused():
         next(Paths(start=5, ladder=[(6, 4)]).run(state))
     with pytest.raises(ValueError, match="even indices only, not at 5"):
         next(Halving(4, stops=(5, 10), keeps=(2, 1)).run(SearchState(num_steps=10, order=2, scheduler="Heun")))
+    with pytest.raises(ValueError, match=r"2\.5 is neither an index of the schedule nor a share of it"):
+        next(Halving(4, stops=(2.5, 10), keeps=(2, 1)).run(state))
 
 
 @pytest.mark.parametrize("rule", [rotate, mix, shell])
@@ -311,3 +327,14 @@ def test_halving_goes_on_with_the_best():
     firsts = sorted(range(8), key=lambda i: -float(gaussian((1,), proposals[i].recipe.seed)))[:2]
     assert {p.recipe for p in second} == {Continue(i) for i in firsts}
     assert best == pytest.approx(max(float(gaussian((1,), p.recipe.seed)) for p in proposals[:8]))
+
+
+def test_halving_warns_of_stops_in_the_first_fifth_of_the_noise_range():
+    levels = tuple(coefficients("ve", 5.0 * (1 - i / 10)) for i in range(11))
+    state = SearchState(num_steps=10, levels=levels, family="ve")
+    with pytest.warns(UserWarning, match="after 1 of 10 entries the noise is above 80% of what it was at first"):
+        next(Halving(4, stops=(1, 2, 10), keeps=(3, 2, 1)).run(state))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        next(Halving(4, stops=(3, 10), keeps=(2, 1)).run(state))
+        next(Halving(4, stops=(1, 10), keeps=(2, 1)).run(SearchState(num_steps=10)))  # unknown levels say nothing

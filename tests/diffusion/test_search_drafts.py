@@ -106,8 +106,12 @@ def test_what_cannot_draft_is_refused():
         twin_draft(pipe, build_flexdit(), name="unet")
     with pytest.raises(ValueError, match="the twin has in_channels=4, the pipeline's transformer 1"):
         twin_draft(pipe, build_flexdit())
+    with pytest.raises(ValueError, match="Linear is no denoiser and cannot stand in for the pipeline's transformer"):
+        twin_draft(pipe, torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="at least one step"):
         fewer_steps(0)
+    with pytest.raises(ValueError, match="num_inference_steps must be a whole number, got 'abc'"):
+        fewer_steps("abc")
     with pytest.raises(ValueError, match="takes no diffusers cache"):
         cached_draft(build("ddim")[0], FirstBlockCacheConfig(), name="unet")
 

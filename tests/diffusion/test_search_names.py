@@ -8,7 +8,7 @@ import torch
 
 from sparing.diffusion.search import verifiers as v
 from sparing.diffusion.search.verifiers.base import Verifier
-from sparing.diffusion.search.verifiers.names import VERIFIERS, make_verifier, make_verifiers
+from sparing.diffusion.search.verifiers.names import VERIFIERS, key_values, make_verifier, make_verifiers
 
 
 @pytest.mark.parametrize("name", VERIFIERS)
@@ -52,7 +52,13 @@ def test_several_are_ranked_together_and_one_is_left_alone():
         ("brightness:level=3", "'brightness' takes target; not level"),
         ("contrast:k=1", "'contrast' takes no argument; not k"),
         ("brightness:target=7", r"target of brightness is in \[0, 1\], got 7"),
-        ("brightness:target=bright", "verifier 'brightness:target=bright'"),
+        (
+            "brightness:target=bright",
+            "verifier 'brightness:target=bright': target must be a finite number, got 'bright'",
+        ),
+        ("compressibility:quality=95.5", "quality must be a whole number, got 95.5"),
+        ("spectral_flatness:n_fft=true", "n_fft must be a whole number, got True"),
+        ("denoising_error:levels=[0.3,[0.5]", r"the brackets of 'levels=\[0\.3,\[0\.5\]' do not match"),
         ("brightness:target=NaN", "'NaN' is no finite number"),
         ("classifier", "verifier 'classifier' needs model: classifier:model=..."),
         ("classifier:model=vit_mikro", "closest"),
@@ -78,3 +84,38 @@ def test_the_users_own_function(tmp_path):
     ):
         with pytest.raises(error, match=words):
             make_verifier(text)
+
+
+def test_commas_inside_brackets_belong_to_the_value():
+    assert key_values('start=3,ladder=[[1,4],[2,5]],a={"b":[1,2]},c=x', of="it") == {
+        "start": 3,
+        "ladder": [[1, 4], [2, 5]],
+        "a": {"b": [1, 2]},
+        "c": "x",
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("def fit(:", "SyntaxError"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("raise RuntimeError('boo')", "RuntimeError: boo"),
+        ("raise SystemExit('no')", "SystemExit: no"),
+    ],
+)
+def test_a_file_that_cannot_be_run_is_named_with_its_error(tmp_path, content, words):
+    file = tmp_path / "mine.py"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=f"mine.py' could not be run: {words}"):
+        make_verifier(f"{file}:fit")
+
+
+@pytest.mark.parametrize("sign", ["", "-", "2*"])
+def test_what_the_users_function_raises_is_told_by_its_name(tmp_path, sign):
+    file = tmp_path / "mine.py"
+    file.write_text("def fit(samples, prompts):\n    return [{}[p] if p else 1.0 for p in prompts]\n")
+    verifier = make_verifier(f"{sign}{file}:fit")
+    assert verifier(torch.zeros(1, 3, 4, 4)).shape == (1,)
+    with pytest.raises(ValueError, match="'fit' could not score: KeyError: 'x'"):
+        verifier(torch.zeros(1, 3, 4, 4), ["x"])

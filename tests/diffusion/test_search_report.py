@@ -190,3 +190,13 @@ def test_no_picture_needs_matplotlib():
     code = SCRIPT.format(tests=__file__.rpartition("/")[0])
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_score_of_nan_counts_as_the_worst_in_the_expected_best():
+    result = make([0.5, math.nan, 0.3])
+    assert result.best_of_n(3) == pytest.approx(0.5)
+    assert result.best_of_n(2) == pytest.approx((2 * 0.5 + 0.3) / 3)
+    assert result.best_of_n(1) == -math.inf
+    many = make([math.nan] * 1000 + [1.0] * 1000, kept=set())
+    assert many.best_of_n(1000) == -math.inf  # by a chance too small for a float
+    assert many.best_of_n(1001) == pytest.approx(1.0)

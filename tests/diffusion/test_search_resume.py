@@ -179,6 +179,54 @@ def test_an_edited_log_is_not_believed(tmp_path):
         run("zero_order", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda _: {"a": 1}, "it has no id, prompt"),
+        (lambda record: {**record, "score": "abc"}, "score cannot be 'abc'"),
+        (lambda record: {**record, "scores": {"level": None}}, "scores cannot be {'level': None}"),
+        (lambda record: {**record, "scores": {"other": 1.0}}, "it has scores of other, and this search asks level"),
+        (lambda record: {**record, "recipe": {"op": "gaussian"}}, "recipe cannot be {'op': 'gaussian'}"),
+        (lambda record: {**record, "id": [1]}, r"id cannot be \[1\]"),
+    ],
+)
+def test_a_line_that_is_no_candidate_is_named(tmp_path, change, words):
+    run("zero_order", tmp_path, budget="3candidates")
+    path = tmp_path / "candidates.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], json.dumps(change(json.loads(lines[1]))), *lines[2:]]) + "\n")
+    with pytest.raises(ValueError, match=rf"line 2 of .*candidates\.jsonl is no candidate of this search: {words}"):
+        run("zero_order", tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 100])
+def test_a_damaged_sample_is_made_again_and_a_damaged_state_is_named(tmp_path, kept):
+    whole, _ = run("halving", tmp_path / "whole")
+    for file in (tmp_path / "whole" / "samples").glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:kept])
+    again, calls = run("halving", tmp_path / "whole")
+    torch.testing.assert_close(again.best.sample, whole.best.sample, atol=1e-5, rtol=0)  # alone, not in its batch
+    assert calls > 0
+    run("halving", tmp_path / "part", budget="13nfe")
+    state = next((tmp_path / "part" / "states").iterdir())
+    state.write_bytes(state.read_bytes()[:kept])
+    for _ in range(2):  # the second says the same: the first kept nothing open
+        with pytest.raises(ValueError, match=rf"{state.name} is damaged .* begin it anew in another folder"):
+            run("halving", tmp_path / "part")
+
+
+def test_logs_of_further_processes_are_of_the_same_search_or_refused(tmp_path):
+    run("zero_order", tmp_path)
+    (tmp_path / "candidates.jsonl").rename(tmp_path / "candidates.rank1.jsonl")
+    _, calls = run("zero_order", tmp_path)
+    assert calls == 0
+    (tmp_path / "candidates.jsonl").unlink()
+    with pytest.raises(
+        LogMismatch, match=r"candidates\.rank1\.jsonl is the log of another job; .*seed was 0 and is now"
+    ):
+        run("zero_order", tmp_path, seed=1)
+
+
 def test_a_full_disk_leaves_a_log_that_goes_on(tmp_path, monkeypatch):
     whole, _ = run("zero_order", tmp_path / "whole")
     real, writes = os.pwrite, []

@@ -125,3 +125,50 @@ def test_a_log_is_written_by_one_at_a_time(tmp_path):
         AppendLog(path, {"job": "another"})
     with AppendLog(path, HEADER) as log:  # an opening that failed holds nothing
         assert log.records == [{"id": 1}]
+
+
+def test_a_forked_child_does_not_keep_the_log_locked(tmp_path):
+    log = AppendLog(tmp_path / "log.jsonl", HEADER)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:  # it lives until the parent is through
+        os.close(write)
+        os.read(read, 1)
+        os._exit(0)
+    try:
+        log.close()
+        AppendLog(tmp_path / "log.jsonl", HEADER).close()
+    finally:
+        os.close(write)
+        os.close(read)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize(
+    "text", ["my notes\n", '{"name":"Bob"}\n', "notes without newline", '{"a":1}\n{"b":2}\nnotes\n', "[1, 2]\n", "\n"]
+)
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_that_is_no_log_is_left_alone(tmp_path, text, force):
+    path = tmp_path / "log.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"log\.jsonl is no log of this program"):
+        AppendLog(path, HEADER, force=force)
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("torn", ["", "{", '{"jo', '{"job":"x","settings":{"st', '{"job":"y"}\n'])
+def test_a_header_torn_anywhere_is_begun_anew(tmp_path, torn):
+    path = tmp_path / "log.jsonl"
+    path.write_text(torn)
+    begin(path)
+    assert len(read_log(path)) == 4
+
+
+def test_a_log_that_is_only_read_may_be_compared_too(tmp_path):
+    path = tmp_path / "log.jsonl"
+    begin(path, count=0)
+    assert len(read_log(path, {"job": "another"})) == 1  # there is nothing in it that could be mixed up
+    begin(path)
+    assert len(read_log(path, {**HEADER, "version": "2"}, ignore=["version"])) == 4
+    with pytest.raises(LogMismatch, match=r"log\.jsonl is the log of another job; job was 'x' and is now 'another'"):
+        read_log(path, {**HEADER, "job": "another"})

@@ -10,6 +10,7 @@ sparse twin of the very network are ours.
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from sparing.diffusion.search.driver import Draft
 from sparing.diffusion.search.result import SearchResult
+from sparing.diffusion.search.settings import check_whole
 
 __all__ = ["cached_draft", "draft_agreement", "fewer_steps", "rank_correlation", "sparse_draft", "twin_draft"]
 
@@ -26,8 +28,9 @@ def fewer_steps(num_inference_steps: int, **kwargs: Any) -> Draft:
     """The same pipeline with fewer steps, and further arguments of its call (``guidance_scale=1.0`` halves the rows).
 
     Raises:
-        ValueError: no step.
+        ValueError: no step, or no whole number of them.
     """
+    check_whole(num_inference_steps=num_inference_steps)
     if num_inference_steps < 1:
         raise ValueError(f"a draft needs at least one step, got {num_inference_steps}")
     return Draft(kwargs={"num_inference_steps": num_inference_steps, **kwargs})
@@ -43,12 +46,18 @@ def twin_draft(pipe: Any, transformer: nn.Module, *, name: str = "transformer", 
         kwargs: further arguments of the draft's call (``density=3``, ``num_inference_steps=10``).
 
     Raises:
-        ValueError: the pipeline has no such component, or the twin works on other latents.
+        ValueError: the pipeline has no such component, or the twin is no denoiser or works on other latents.
     """
     components = dict(pipe.components)
     if not isinstance(components.get(name), nn.Module):
         parts = ", ".join(key for key, part in components.items() if isinstance(part, nn.Module))
         raise ValueError(f"{type(pipe).__name__} has no denoiser {name!r}; its networks are {parts}")
+    takes = inspect.signature(transformer.forward).parameters
+    if "timestep" not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        raise ValueError(
+            f"{type(transformer).__name__} is no denoiser and cannot stand in for the pipeline's {name}: it takes "
+            f"{', '.join(takes)}, and no timestep"
+        )
     host, twin = getattr(components[name], "config", None), getattr(transformer, "config", None)
     for field in ("in_channels", "sample_size"):
         ours, theirs = getattr(host, field, None), getattr(twin, field, None)

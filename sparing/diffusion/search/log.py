@@ -6,19 +6,20 @@
     samples/                  kept samples: exact (.safetensors), images also as .png
 
 States are on the disk before the lines that promise them. Random and zero-order search store none: a recipe and its
-ancestors rebuild a noise.
+ancestors rebuild a noise. A damaged sample counts as none, a damaged line or state is an error that names the file.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -36,6 +37,8 @@ _FIELDS = tuple(
     for name in Candidate.__dataclass_fields__
     if name not in ("sample", "preview", "noise")  # these are no text
 )
+_NEEDED = tuple(field.name for field in fields(Candidate) if field.default is MISSING)
+_WHOLE = ("id", "prompt", "round", "index", "start", "stop", "nfe", "forwards", "batch_size")
 _MAY_DIFFER = ("version", "batch_size", "processes", "budget")  # a search goes on with a larger budget
 
 Key = tuple[int, int]  # (prompt, id)
@@ -60,16 +63,58 @@ def candidate_to_json(candidate: Candidate) -> dict[str, Any]:
 
 
 def candidate_from_json(record: Mapping[str, Any]) -> Candidate:
-    fields = {name: record[name] for name in _FIELDS if name in record}
-    return Candidate(**{**fields, "recipe": recipe_from_json(record["recipe"])})
+    """The inverse of :func:`candidate_to_json`.
+
+    Raises:
+        ValueError: the record is no candidate: something is missing, or of the wrong kind.
+    """
+    missing = [name for name in _NEEDED if name not in record]
+    if missing:
+        raise ValueError(f"it has no {', '.join(missing)}")
+    wrong = [name for name in _WHOLE if not isinstance(record[name], int)]
+    wrong += [name for name in ("score", "seconds") if not isinstance(record[name], int | float)]
+    scores = record["scores"]
+    if not isinstance(scores, Mapping) or not all(isinstance(score, int | float) for score in scores.values()):
+        wrong.append("scores")
+    if wrong:
+        raise ValueError("; ".join(f"{name} cannot be {record[name]!r}" for name in wrong))
+    try:
+        recipe = recipe_from_json(record["recipe"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"recipe cannot be {record['recipe']!r}") from error
+    known = {name: record[name] for name in _FIELDS if name in record}
+    return Candidate(**{**known, "recipe": recipe})
+
+
+def _candidates(records: Sequence[Mapping[str, Any]], path: Path, verifiers: Sequence[str]) -> dict[Key, Candidate]:
+    """The candidates of a log, of which line 1 is the header.
+
+    Raises:
+        ValueError: a line is none, or has scores of other verifiers; file and line are named.
+    """
+    found = {}
+    for number, record in enumerate(records, 2):
+        try:
+            candidate = candidate_from_json(record)
+            if set(candidate.scores) != set(verifiers):
+                theirs = ", ".join(candidate.scores) or "nobody"
+                raise ValueError(f"it has scores of {theirs}, and this search asks {', '.join(verifiers)}")
+        except ValueError as error:
+            raise ValueError(f"line {number} of {path} is no candidate of this search: {error}") from error
+        found[candidate.prompt, candidate.id] = candidate
+    return found
 
 
 class SearchLog:
     """Opens or begins the record in ``folder``; ``folder=None`` keeps everything in memory.
 
     Args:
-        header: what the search is. Fields that were changed since raise, by name, unless ``force``.
+        header: what the search is, ``verifiers`` among it. Fields that were changed since raise, by name, unless
+            ``force``.
         rank, world: of this process. With several, each writes candidates.rankR.jsonl, and the first merges.
+
+    Raises:
+        ValueError: a log in the folder is of another search, or a line or a state is damaged; the file is named.
     """
 
     def __init__(
@@ -100,19 +145,21 @@ class SearchLog:
 
     def _open(self, names: Sequence[str], header: Mapping[str, Any], *, force: bool) -> None:
         assert self.folder is not None
+        verifiers = header["verifiers"]
         for name in names:
             log = AppendLog(self.folder / name, header, ignore=_MAY_DIFFER, force=force)
             self._logs.append(log)
-            self._written.append({(record["prompt"], record["id"]) for record in log.records})
-            self.known |= {(record["prompt"], record["id"]): candidate_from_json(record) for record in log.records}
+            candidates = _candidates(log.records, log.path, verifiers)
+            self._written.append(set(candidates))
+            self.known |= candidates
         for path in sorted(self.folder.glob("candidates*.jsonl")):
-            if path.name not in names:
-                for record in read_log(path)[1:]:
-                    self.known.setdefault((record["prompt"], record["id"]), candidate_from_json(record))
+            if path.name not in names:  # of further processes
+                records = read_log(path, None if force else header, ignore=_MAY_DIFFER)[1:]
+                self.known = {**_candidates(records, path, verifiers), **self.known}
         for path in sorted((self.folder / "states").glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                for key in json.loads((file.metadata() or {}).get("candidates", "[]")):
-                    self._where[(key[0], key[1])] = path
+            with _state_file(path) as file:
+                for prompt, id in json.loads((file.metadata() or {}).get("candidates", "[]")):
+                    self._where[prompt, id] = path
 
     def add(self, candidates: Sequence[Candidate], midway: Mapping[Key, Midway]) -> None:
         """Records one batch: states first, then its lines, one write."""
@@ -163,6 +210,7 @@ class SearchLog:
 
         Raises:
             FileNotFoundError: its file is gone.
+            ValueError: its file is damaged.
         """
         if key not in self._midway:
             path = self._where.get(key)
@@ -198,30 +246,45 @@ class SearchLog:
         return f"samples/{picture.name}"
 
     def load_sample(self, key: Key) -> Tensor | None:
-        """A kept sample, exactly; None when there is no such file."""
+        """A kept sample, exactly; None when there is no such file, or a damaged one: it can be made again."""
         if self.folder is None:
             return None
         path = self.folder / "samples" / f"p{key[0]}_c{key[1]}.safetensors"
         if not path.exists():
             return None
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor("sample")
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor("sample")
+        except SafetensorError:
+            return None
 
     def close(self) -> None:
         for log in self._logs:
             log.close()
 
 
+@contextlib.contextmanager
+def _state_file(path: Path) -> Iterator[Any]:
+    """A file of latents, open; what is wrong with it is a ValueError that names it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}), and the search cannot go on from it; begin it anew in another folder"
+        ) from error
+
+
 def _read_midway(path: Path, key: Key) -> Midway:
     name = f"{key[0]}/{key[1]}/"
-    with safe_open(path, framework="pt") as file:
+    with _state_file(path) as file:
         found = {k.removeprefix(name): file.get_tensor(k) for k in file.keys() if k.startswith(name)}  # noqa: SIM118
         numbers = json.loads((file.metadata() or {}).get("history", "{}")).get(name[:-1], {})
-    prefix = "history/"
-    solver = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
-    return Midway(
-        latent=found["latent"],
-        x0_hat=found.get("x0_hat"),
-        generator=None if "generator" not in found else found["generator"].to(torch.uint8),
-        history=solver_history.unflatten(solver, numbers),
-    )
+        prefix = "history/"
+        solver = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
+        return Midway(
+            latent=found["latent"],
+            x0_hat=found.get("x0_hat"),
+            generator=None if "generator" not in found else found["generator"].to(torch.uint8),
+            history=solver_history.unflatten(solver, numbers),
+        )

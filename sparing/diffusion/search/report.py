@@ -103,7 +103,7 @@ def _expected_best(axes: Axes, result: "SearchResult", scores: Sequence[float]) 
 
 
 def _shortened(text: object, most: int) -> str:
-    line = " ".join(str(text).split())
+    line = "no prompt" if text is None else " ".join(str(text).split())
     return line if len(line) <= most else line[: most - 3] + "..."
 
 

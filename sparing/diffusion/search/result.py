@@ -108,16 +108,19 @@ class SearchResult:
     def best_of_n(self, n: int) -> float:
         """Expected best score of ``n`` of the finished candidates: mean over all subsets, not only the prefix.
 
-        sum_k s_(k) C(k - 1, n - 1) / C(N, n) with ascending order statistics s_(k).
+        sum_k s_(k) C(k - 1, n - 1) / C(N, n) with ascending order statistics s_(k). NaN counts as -inf, and so does the
+        mean when a whole subset does.
 
         Raises:
             ValueError: ``n`` is below 1 or above the number of finished candidates.
         """
-        scores = sorted(candidate.score for candidate in self.finished)
+        scores = sorted(-math.inf if math.isnan(candidate.score) else candidate.score for candidate in self.finished)
         if not 1 <= n <= len(scores):
             raise ValueError(f"best_of_n takes 1 to {len(scores)} (the finished candidates), not {n}")
+        if scores[n - 1] == -math.inf:  # its weight may be too small for a float, and -inf times 0 is NaN
+            return -math.inf
         total = math.comb(len(scores), n)
-        return sum(score * math.comb(k, n - 1) / total for k, score in enumerate(scores) if k >= n - 1)
+        return sum(score * (math.comb(k, n - 1) / total) for k, score in enumerate(scores) if k >= n - 1)
 
     def plot(self, path: str | Path) -> Path:
         """Score against NFE as .svg or .png."""

@@ -10,6 +10,7 @@ from sparing.diffusion.search.algorithms.random import indices
 from sparing.diffusion.search.neighbours import check_radius
 from sparing.diffusion.search.protocol import Continue, Gaussian, Neighbour, Outcome, Proposal, Renoise, SearchState
 from sparing.diffusion.search.seeds import generator
+from sparing.diffusion.search.settings import check_lists, check_numbers, check_whole
 
 __all__ = ["Evolutionary"]
 
@@ -44,6 +45,9 @@ class Evolutionary:
         radius: float = 0.4,
         jump: int = 2,
     ) -> None:
+        check_whole(population=population, children=children, elites=elites, tournament=tournament, jump=jump)
+        check_lists(check_numbers, starts=starts)
+        check_numbers(radius=radius)
         if min(population, children, elites, tournament, jump) < 1 or elites > population:
             raise ValueError(
                 f"population, children, elites, tournament and jump must be at least 1 and elites at most population, "

@@ -1,12 +1,16 @@
 """Random search (best of N) and successive halving: independent noises, the best one wins. Source: Ma et al. 2025."""
 
+import warnings
 from collections.abc import Generator, Sequence
 from itertools import pairwise
 from typing import Any
 
 from sparing.diffusion.search.protocol import Continue, Gaussian, Outcome, Proposal, SearchState
+from sparing.diffusion.search.settings import check_lists, check_numbers, check_whole
 
 __all__ = ["Halving", "Random"]
+
+_BLURRED = 0.8  # share of the noisiest level above which x0_hat is a blur: the first fifth of the range
 
 
 class Random:
@@ -14,12 +18,14 @@ class Random:
     cache, a twin) and the ``keep`` best of these are run in full from the same noises: NFE = n T_draft + keep T.
 
     Raises:
-        ValueError: ``n`` below 1, ``keep`` outside 1..n; in ``run``, ``keep`` in a search without a draft sampler.
+        ValueError: ``n`` below 1, ``keep`` outside 1..n, no whole numbers; in ``run``, ``keep`` in a search without a
+            draft sampler.
     """
 
     name = "random"
 
     def __init__(self, n: int = 8, *, keep: int | None = None) -> None:
+        check_whole(n=n, **({} if keep is None else {"keep": keep}))
         if n < 1:
             raise ValueError(f"random search needs at least one candidate, got n = {n}")
         if keep is not None and not 1 <= keep <= n:
@@ -52,7 +58,8 @@ class Random:
 class Halving:
     """Best of N with early pruning: run to each stop, score the x0_hat there (free), keep the best.
 
-    NFE = sum over stops of n_before (stop - stop_before). Early stops judge blurs: verifiers are not trained on them.
+    NFE = sum over stops of n_before (stop - stop_before). Early stops judge blurs, which verifiers are not trained on:
+    one in the first fifth of the noise range is warned of.
 
     Args:
         n: candidates at the beginning.
@@ -69,6 +76,9 @@ class Halving:
     def __init__(
         self, n: int = 16, *, stops: Sequence[float] = (0.4, 0.7, 1.0), keeps: Sequence[int] = (8, 4, 1)
     ) -> None:
+        check_whole(n=n)
+        check_lists(check_numbers, stops=stops)
+        check_lists(check_whole, keeps=keeps)
         counts = [n, *keeps]
         if len(stops) != len(keeps) or not keeps:
             raise ValueError(f"stops and keeps must be as many, got {len(stops)} and {len(keeps)}")
@@ -83,6 +93,7 @@ class Halving:
         stops = indices(self.stops, state)
         if stops[-1] != state.num_steps or any(b <= a for a, b in pairwise([0, *stops])):
             raise ValueError(f"stops must rise to the end {state.num_steps}, got {stops}")
+        _warn_of_blurs(stops, state)
         proposals = [
             Proposal(Gaussian(state.seed("halving", 0, k)), 0, stops[0], stage="halving", round=0, index=k)
             for k in range(self.n)
@@ -108,11 +119,24 @@ class Halving:
         return None
 
 
+def _warn_of_blurs(stops: Sequence[int], state: SearchState) -> None:
+    if state.levels is None:
+        return
+    noisiest = max(b for _, b in state.levels)
+    early = [stop for stop in stops if state.levels[stop][1] > _BLURRED * noisiest]
+    if early:
+        warnings.warn(
+            f"after {', '.join(map(str, early))} of {state.num_steps} entries the noise is above {_BLURRED:.0%} of "
+            "what it was at first: scores of so early an estimate say little; stop later",
+            stacklevel=3,
+        )
+
+
 def indices(marks: Sequence[float], state: SearchState) -> list[int]:
     """Stops as indices: a float up to 1 is a share of T, rounded to an even index for second-order solvers.
 
     Raises:
-        ValueError: the scheduler cannot be stopped, or an index that splits a second-order step.
+        ValueError: the scheduler cannot be stopped, or an index that is none or splits a second-order step.
     """
     if not state.resumable:
         raise ValueError(f"{state.scheduler} cannot be stopped and continued; use an algorithm of whole runs (random)")
@@ -122,6 +146,8 @@ def indices(marks: Sequence[float], state: SearchState) -> list[int]:
             index = round(mark * state.num_steps / state.order) * state.order
         else:
             index = state.num_steps if isinstance(mark, float) and mark == 1 else int(mark)
+            if index != mark and mark != 1:
+                raise ValueError(f"{mark} is neither an index of the schedule nor a share of it, which is at most 1.0")
         if state.order == 2 and index % 2 and index != state.num_steps:
             raise ValueError(f"{state.scheduler} is of second order: stop it at even indices only, not at {index}")
         found.append(index)

@@ -8,6 +8,7 @@ import torch
 from sparing.diffusion.search.algorithms.random import indices
 from sparing.diffusion.search.protocol import Continue, Gaussian, Outcome, Proposal, Renoise, SearchState
 from sparing.diffusion.search.resampling import Potential, Steering, uniform
+from sparing.diffusion.search.settings import check_lists, check_numbers, check_whole
 
 __all__ = ["SMC"]
 
@@ -45,6 +46,13 @@ class SMC:
         select: Literal["argmax", "sample"] = "argmax",
         jitter: int = 0,
     ) -> None:
+        check_whole(particles=particles, jitter=jitter)
+        check_numbers(ess_threshold=ess_threshold)
+        check_lists(check_numbers, checks=checks)
+        if isinstance(lam, Sequence):
+            check_lists(check_numbers, lam=lam)
+        else:
+            check_numbers(lam=lam)
         lambdas = [float(lam)] * len(checks) if isinstance(lam, int | float) else [float(value) for value in lam]
         if particles < 2 or jitter < 0:
             raise ValueError(f"particles must be at least 2 and jitter at least 0, got {particles} and {jitter}")

@@ -3,8 +3,9 @@
 from collections.abc import Generator
 from typing import Any, Literal
 
-from sparing.diffusion.search.neighbours import check_radius
+from sparing.diffusion.search.neighbours import RULES, check_radius
 from sparing.diffusion.search.protocol import Gaussian, Neighbour, Outcome, Proposal, SearchState
+from sparing.diffusion.search.settings import check_numbers, check_whole
 
 __all__ = ["ZeroOrder"]
 
@@ -16,7 +17,7 @@ class ZeroOrder:
 
     Args:
         rounds, neighbours: R and K (the paper uses K of 2 to 4).
-        rule, radius: how neighbours are made (``sparing.diffusion.search.neighbours``).
+        rule, radius: how neighbours are made (``sparing.diffusion.search.neighbours``), by a rule of one parent.
         mode: 'monotone': the pivot moves only to a strictly better neighbour; 'literal' (the paper's words): always to
             the best one; 'restart': as monotone, and a round without success moves it to fresh noise.
         adapt: halve the radius after a failed round, grow it by 1.2 after success, never above ``radius``. Not for
@@ -38,10 +39,14 @@ class ZeroOrder:
         mode: Mode = "monotone",
         adapt: bool = False,
     ) -> None:
+        check_whole(rounds=rounds, neighbours=neighbours)
+        check_numbers(radius=radius)
         if rounds < 1 or neighbours < 1:
             raise ValueError(f"rounds and neighbours must be at least 1, got {rounds} and {neighbours}")
         if mode not in ("monotone", "literal", "restart"):
             raise ValueError(f"mode must be monotone, literal or restart, got {mode!r}")
+        if rule not in RULES:  # 'cross' takes two parents
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
         check_radius(rule, radius)
         if adapt and rule == "rotate":
             raise ValueError("adapt scales a distance; the radius of 'rotate' is a cosine. Use mix or shell")

@@ -4,16 +4,19 @@
 Nothing is imported until a verifier is made, so that the list can be shown for nothing.
 """
 
+import functools
+import inspect
 import json
 import math
 import re
 import runpy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparing.diffusion.search.settings import check_numbers, check_whole
 from sparing.zoo.table import closest
 
 if TYPE_CHECKING:
@@ -114,7 +117,7 @@ def make_verifier(text: str) -> "Verifier":
 
     Raises:
         ValueError: an unknown name (the closest are named), an argument that the verifier does not take, or a file
-            without that function.
+            without that function or that cannot be run.
         FileNotFoundError: no such file.
     """
     match = _FORM.fullmatch(text.strip())
@@ -122,8 +125,28 @@ def make_verifier(text: str) -> "Verifier":
         raise ValueError(f"verifier {text!r} has no name; there are {', '.join(VERIFIERS)}")
     name, colon, rest = match["rest"].partition(":")
     verifier = _from_file(name, rest) if name.endswith(".py") else _named(name.strip().lower(), rest, text)
+    for part in verifier.parts:
+        vars(part)["measure"] = _saying_whose(part.name, part.measure)
     factor = float(match["factor"] or 1) * (-1 if match["sign"] else 1)
     return verifier if factor == 1 else factor * verifier
+
+
+def _saying_whose(name: str, measure: Callable[..., Any]) -> Callable[..., Any]:
+    """``measure`` with errors that name the verifier: a function of the user's may raise anything."""
+    import torch
+
+    @functools.wraps(measure)
+    def named(samples: Any, prompts: Sequence[Any]) -> Any:
+        try:
+            return measure(samples, prompts)
+        except torch.OutOfMemoryError:  # the search halves its batch
+            raise
+        except Exception as error:
+            if repr(name) in str(error):
+                raise
+            raise ValueError(f"{name!r} could not score: {type(error).__name__}: {error}") from error
+
+    return named
 
 
 def _named(name: str, rest: str, text: str) -> "Verifier":
@@ -141,6 +164,13 @@ def _named(name: str, rest: str, text: str) -> "Verifier":
     needed = [key for key in entry.needs if key not in arguments]
     if needed:
         raise ValueError(f"verifier {name!r} needs {', '.join(needed)}: {name}:{needed[0]}=...")
+    parameters = inspect.signature(kind).parameters
+    wanted = {key: parameters[key].annotation if key in parameters else None for key in arguments}
+    try:
+        check_whole(**{key: value for key, value in arguments.items() if wanted[key] is int})
+        check_numbers(**{key: value for key, value in arguments.items() if wanted[key] is float})
+    except ValueError as error:
+        raise ValueError(f"verifier {text!r}: {error}") from error
     try:
         return kind(**arguments)
     except TypeError as error:  # a value of the wrong kind
@@ -151,10 +181,19 @@ def key_values(text: str, *, of: str) -> dict[str, Any]:
     """``KEY=VALUE,...`` with JSON values, others as text; commas inside brackets belong to the value.
 
     Raises:
-        ValueError: a part is no KEY=VALUE, or a value no finite number; ``of`` is named.
+        ValueError: a part is no KEY=VALUE, a bracket is not closed, or a value no finite number; ``of`` is named.
     """
+    parts, depth = [""], 0
+    for sign in text:
+        depth += (sign in "[{") - (sign in "]}")
+        if sign == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    if depth:
+        raise ValueError(f"{of}: the brackets of {text!r} do not match")
     found = {}
-    for part in filter(None, re.split(r",(?![^\[]*\])", text)):
+    for part in filter(None, parts):
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
             raise ValueError(f"{of}: {part!r} is no KEY=VALUE")
@@ -181,7 +220,10 @@ def _from_file(file: str, function: str) -> "Verifier":
         raise FileNotFoundError(f"no such file: {file!r}")
     if not function:
         raise ValueError(f"{file!r}: name the function in it, {file}:FUNCTION")
-    content = runpy.run_path(str(path))
+    try:
+        content = runpy.run_path(str(path))
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{file!r} could not be run: {type(error).__name__}: {error}") from error
     if function not in content:
         own = [name for name, value in content.items() if callable(value) and not name.startswith("_")]
         raise ValueError(f"{file!r} has no {function!r}; it has {', '.join(own) or 'nothing that can be called'}")
