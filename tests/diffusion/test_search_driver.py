@@ -377,6 +377,21 @@ def test_noises_that_are_handed_in_are_candidates():
         NoiseSearch(pipe, level, Mine())(**kwargs, num_inference_steps=2, latents=noises[:, :1])
 
 
+@pytest.mark.parametrize("algorithm", algorithms(), ids=lambda algorithm: algorithm.name)
+def test_every_algorithm_begins_with_the_noises_that_are_handed_in(algorithm):
+    pipe, kwargs = tiny_pipelines.build("sd")
+    shape = NoiseSearch(pipe, level, Random(1))(**kwargs, num_inference_steps=2).best.noise.shape
+    own = torch.randn(1, *shape, generator=torch.Generator().manual_seed(5))
+    result = NoiseSearch(pipe, level, algorithm)(**kwargs, num_inference_steps=STEPS, latents=own)
+    fresh = NoiseSearch(pipe, level, algorithm)(**kwargs, num_inference_steps=STEPS)
+    assert isinstance(result.candidates[0].recipe, Given)
+    assert not isinstance(fresh.candidates[0].recipe, Given)
+    assert result.candidates[0].score != fresh.candidates[0].score
+    many = torch.randn(99, *shape)
+    with pytest.raises(ValueError, match="latents holds 99 noises"):
+        NoiseSearch(pipe, level, algorithm)(**kwargs, num_inference_steps=STEPS, latents=many)
+
+
 def test_drafts_are_ranked_and_only_the_winners_run_in_full():
     full = search("dit", Random(6))
     result = search("dit", Random(6, keep=2), draft=Draft(kwargs={"num_inference_steps": 3}))

@@ -126,7 +126,8 @@ class NoiseSearch:
         Args:
             prompt: the pipeline's first argument (a prompt, or class labels), one or a list: independent searches that
                 share batches.
-            kwargs: the pipeline's own, unchanged. ``latents`` are noises handed to the algorithm, one a row.
+            kwargs: the pipeline's own, unchanged. ``latents`` are noises to begin with, one a row; the algorithm draws
+                the others.
 
         Returns:
             :class:`SearchResult`, for a list of prompts a list of them.

@@ -219,6 +219,17 @@ class SearchState:
     def seed(self, stage: str, round: int, index: int) -> int:
         return candidate_seed(self.run_seed, self.prompt, stage, round, index)
 
+    def first_noises(self, stage: str, count: int) -> list["Recipe"]:
+        """``count`` noises to begin with: those that the caller handed in, and fresh ones of this stage.
+
+        Raises:
+            ValueError: more were handed in than the algorithm begins with.
+        """
+        if len(self.given) > count:
+            raise ValueError(f"latents holds {len(self.given)} noises, and the algorithm begins with {count}")
+        fresh = (Gaussian(self.seed(stage, 0, k)) for k in range(len(self.given), count))
+        return [*(Given(key) for key in self.given), *fresh]
+
     def score(self, outcomes: Sequence[Outcome]) -> Tensor:
         """Scores of one pool, ``(pool,)`` float64; ensembles of ranks rank within exactly these outcomes. NaN = -inf.
 

@@ -8,7 +8,7 @@ import torch
 
 from sparing.diffusion.search.algorithms.random import indices
 from sparing.diffusion.search.neighbours import check_radius
-from sparing.diffusion.search.protocol import Continue, Gaussian, Neighbour, Outcome, Proposal, Renoise, SearchState
+from sparing.diffusion.search.protocol import Continue, Neighbour, Outcome, Proposal, Renoise, SearchState
 from sparing.diffusion.search.seeds import generator
 from sparing.diffusion.search.settings import check_lists, check_numbers, check_whole
 
@@ -68,7 +68,7 @@ class Evolutionary:
         if any(starts) and state.levels is None:
             raise ValueError(f"mutation in mid-schedule re-noises, and the levels of {state.scheduler} are unknown")
         marks = sorted({k + jump for k in starts if k})  # where later generations need latents
-        first = [Proposal(Gaussian(state.seed("evolutionary", 0, i)), 0, 0) for i in range(self.population)]
+        first = [Proposal(noise, 0, 0) for noise in state.first_noises("evolutionary", self.population)]
         people = yield from self._finish(state, first, marks, 0)
         everything = list(people)
         for g, start in enumerate(starts, 1):

@@ -8,7 +8,7 @@ from typing import Any
 
 from sparing.diffusion.search.algorithms.random import indices
 from sparing.diffusion.search.levels import Levels
-from sparing.diffusion.search.protocol import Gaussian, Outcome, Proposal, Renoise, SearchState
+from sparing.diffusion.search.protocol import Outcome, Proposal, Renoise, SearchState
 
 __all__ = ["Paths"]
 
@@ -63,8 +63,8 @@ class Paths:
     def run(self, state: SearchState) -> Generator[list[Proposal], list[Outcome], int | None]:
         current, rungs = self._rungs(state)
         slots = yield [
-            Proposal(Gaussian(state.seed("paths", 0, n)), 0, current, stage="paths", round=0, index=n)
-            for n in range(self.num_paths)
+            Proposal(noise, 0, current, stage="paths", round=0, index=n)
+            for n, noise in enumerate(state.first_noises("paths", self.num_paths))
         ]
         for r, (back, land) in enumerate(rungs):
             rows = [(slots[n], n * self.branches + m) for n in range(len(slots)) for m in range(self.branches)]

@@ -5,7 +5,7 @@ from collections.abc import Generator, Sequence
 from itertools import pairwise
 from typing import Any
 
-from sparing.diffusion.search.protocol import Continue, Gaussian, Outcome, Proposal, SearchState
+from sparing.diffusion.search.protocol import Continue, Outcome, Proposal, SearchState
 from sparing.diffusion.search.settings import check_lists, check_numbers, check_whole
 
 __all__ = ["Halving", "Random"]
@@ -36,7 +36,7 @@ class Random:
         return {"name": self.name, "n": self.n, "keep": self.keep}
 
     def run(self, state: SearchState) -> Generator[list[Proposal], list[Outcome], int | None]:
-        noises = [Gaussian(state.seed("random", 0, k)) for k in range(self.n)]
+        noises = state.first_noises("random", self.n)
         if self.keep is None:
             yield [
                 Proposal(noise, 0, state.num_steps, stage="random", round=0, index=k) for k, noise in enumerate(noises)
@@ -95,8 +95,8 @@ class Halving:
             raise ValueError(f"stops must rise to the end {state.num_steps}, got {stops}")
         _warn_of_blurs(stops, state)
         proposals = [
-            Proposal(Gaussian(state.seed("halving", 0, k)), 0, stops[0], stage="halving", round=0, index=k)
-            for k in range(self.n)
+            Proposal(noise, 0, stops[0], stage="halving", round=0, index=k)
+            for k, noise in enumerate(state.first_noises("halving", self.n))
         ]
         for j, (stop, keep) in enumerate(zip(stops, self.keeps)):
             outcomes = yield proposals

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 
 from sparing.diffusion.search.algorithms.random import indices
-from sparing.diffusion.search.protocol import Continue, Gaussian, Outcome, Proposal, Renoise, SearchState
+from sparing.diffusion.search.protocol import Continue, Outcome, Proposal, Renoise, SearchState
 from sparing.diffusion.search.resampling import Potential, Steering, uniform
 from sparing.diffusion.search.settings import check_lists, check_numbers, check_whole
 
@@ -81,8 +81,8 @@ class SMC:
             raise ValueError(f"checks must rise to the end {state.num_steps}, got {stops}")
         steering = Steering(self.potential, self.lambdas, ess_threshold=self.ess_threshold)
         proposals = [
-            Proposal(Gaussian(state.seed("smc", 0, k)), 0, stops[0], stage="smc", round=0, index=k)
-            for k in range(self.particles)
+            Proposal(noise, 0, stops[0], stage="smc", round=0, index=k)
+            for k, noise in enumerate(state.first_noises("smc", self.particles))
         ]
         for check, stop in enumerate(stops):
             outcomes = yield proposals

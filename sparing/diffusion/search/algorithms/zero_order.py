@@ -59,7 +59,7 @@ class ZeroOrder:
 
     def run(self, state: SearchState) -> Generator[list[Proposal], list[Outcome], int | None]:
         end, radius = state.num_steps, self.radius
-        [pivot] = yield [Proposal(Gaussian(state.seed("zero_order", 0, 0)), 0, end, stage="zero_order")]
+        [pivot] = yield [Proposal(state.first_noises("zero_order", 1)[0], 0, end, stage="zero_order")]
         everything = [pivot]
         for r in range(self.rounds):
             around = yield [
