@@ -412,6 +412,17 @@ def test_drafts_of_other_latents_are_refused():
         search("dit", Random(6, keep=2), draft=Draft(pipe=other))
 
 
+def test_a_held_out_verifier_that_fails_loses_nothing():
+    def broken(samples, prompts):
+        raise KeyError("no weights")
+
+    with pytest.warns(UserWarning, match="'broken' failed and says nothing.*no weights"):
+        result = search("dit", Random(2), report=[broken, Contrast()])
+    assert result.best.sample is not None
+    assert math.isnan(result.report["broken"]["best"])
+    assert math.isfinite(result.report["contrast"]["best"])
+
+
 def test_held_out_verifiers_flag_a_bad_verifier_and_not_a_good_one():
     def dark(samples, prompts):
         return -level(samples, prompts)

@@ -1,5 +1,6 @@
 """Held-out verifiers: what the winner is worth to judges that took no part in choosing it."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -19,13 +20,18 @@ def held_out(
 ) -> dict[str, dict[str, float]]:
     """{name: {"first": score, "best": score}} of two samples without batch axis: the first candidate's, the winner's.
 
-    Raises:
-        ValueError: a verifier that looks at anything but samples.
+    A verifier that fails gives NaN and a warning.
     """
     found = {}
     for verifier in verifiers:
         scorer = Scorer(verifier, sample_rate=sample_rate)
-        raw, _ = scorer.score({View("sample"): torch.stack(list(samples))}, prompts)
+        try:
+            raw, _ = scorer.score({View("sample"): torch.stack(list(samples))}, prompts)
+        except Exception as error:  # the search is done: a judge that fails must not lose it
+            reason = f"{type(error).__name__}: {error}"
+            warnings.warn(f"held-out verifier {verifier.name!r} failed and says nothing ({reason})", stacklevel=2)
+            found[verifier.name] = {"first": math.nan, "best": math.nan}
+            continue
         pool = {name: torch.tensor([row[name] for row in raw], dtype=torch.float64) for name in raw[0]}
         first, best = verifier.combine(pool).double().tolist()
         found[verifier.name] = {"first": first, "best": best}
