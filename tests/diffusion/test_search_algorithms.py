@@ -330,11 +330,15 @@ def test_halving_goes_on_with_the_best():
 
 
 def test_halving_warns_of_stops_in_the_first_fifth_of_the_noise_range():
-    levels = tuple(coefficients("ve", 5.0 * (1 - i / 10)) for i in range(11))
-    state = SearchState(num_steps=10, levels=levels, family="ve")
+    levels = tuple(coefficients("flow", 1 - i / 10) for i in range(11))
+    state = SearchState(num_steps=10, levels=levels, family="flow")
     with pytest.warns(UserWarning, match="after 1 of 10 entries the noise is above 80% of what it was at first"):
         next(Halving(4, stops=(1, 2, 10), keeps=(3, 2, 1)).run(state))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         next(Halving(4, stops=(3, 10), keeps=(2, 1)).run(state))
         next(Halving(4, stops=(1, 10), keeps=(2, 1)).run(SearchState(num_steps=10)))  # unknown levels say nothing
+        for scheduler in (diffusers.DDIMScheduler(), diffusers.EulerDiscreteScheduler()):  # late enough by default
+            scheduler.set_timesteps(20)
+            levels = probe(scheduler)
+            next(Halving().run(SearchState(num_steps=20, levels=levels.pairs, family=levels.family)))

@@ -10,7 +10,7 @@ from sparing.diffusion.search.settings import check_lists, check_numbers, check_
 
 __all__ = ["Halving", "Random"]
 
-_BLURRED = 0.8  # share of the noise at first above which x0_hat is a blur: the first fifth of the range
+_BLURRED = 0.8  # share of the noisiest level above which x0_hat is a blur: the first fifth of the range
 
 
 class Random:
@@ -122,8 +122,9 @@ class Halving:
 def _warn_of_blurs(stops: Sequence[int], state: SearchState) -> None:
     if state.levels is None:
         return
-    shares = [b / (a + b) for a, b in state.levels]  # of the noise, in all three families: flow b, vp and ve to scale
-    early = [stop for stop in stops if shares[stop] > _BLURRED * max(shares) + 1e-9]
+    vp = state.family == "vp"  # its b hardly moves for half of the schedule: take sigma = b / a there
+    noise = [b / max(a, 1e-3) if vp else b for a, b in state.levels]
+    early = [stop for stop in stops if noise[stop] > _BLURRED * max(noise) + 1e-9]
     if early:
         warnings.warn(
             f"after {', '.join(map(str, early))} of {state.num_steps} entries the noise is above {_BLURRED:.0%} of "
