@@ -335,7 +335,7 @@ def test_halving_warns_of_stops_in_the_first_fifth_of_the_noise_range():
     with pytest.warns(UserWarning, match="after 1 of 10 entries the noise is above 80% of what it was at first"):
         next(Halving(4, stops=(1, 2, 10), keeps=(3, 2, 1)).run(state))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         next(Halving(4, stops=(3, 10), keeps=(2, 1)).run(state))
         next(Halving(4, stops=(1, 10), keeps=(2, 1)).run(SearchState(num_steps=10)))  # unknown levels say nothing
         for scheduler in (diffusers.DDIMScheduler(), diffusers.EulerDiscreteScheduler()):  # late enough by default
