@@ -357,8 +357,8 @@ def lines_of(results: Sequence[SearchResult]) -> list[str]:
         first = result.finished[0].score if result.finished else float("nan")
         name = "no prompt" if result.prompt is None else repr(result.prompt)
         found.append(
-            f"{name}: score {result.best.score:.4g} (candidate {result.best.id} of "
-            f"{len(result.candidates)}; the first had {first:.4g}), {result.nfe} NFE, {result.seconds:.1f} s"
+            f"{name}: score {result.best.score:.5g} (candidate {result.best.id} of "
+            f"{len(result.candidates)}; the first had {first:.5g}), {result.nfe} NFE, {result.seconds:.1f} s"
         )
         found += [
             f"  {name}, which took no part: {scores['first']:.4g} -> {scores['best']:.4g}"

@@ -132,7 +132,7 @@ def sheet(result: "SearchResult", path: str | Path) -> Path:
     margin, head = 92, 26
     image = Image.new("RGB", (margin + columns * cell[0] + _GAP, head + len(rows) * cell[1] + _GAP), "white")
     pen = ImageDraw.Draw(image)
-    title = f"{_shortened(result.prompt, 80)}   best #{result.best.id}: {result.best.score:.4g}, {result.nfe} NFE"
+    title = f"{_shortened(result.prompt, 80)}   best #{result.best.id}: {result.best.score:.5g}, {result.nfe} NFE"
     pen.text((_GAP, head / 2), title, fill=INK, font=font(13), anchor="lm")
     for i, (label, row) in enumerate(rows):
         top = head + i * cell[1]
@@ -147,7 +147,7 @@ def sheet(result: "SearchResult", path: str | Path) -> Path:
                         [left - ring, top - ring, left + tile.width - 1 + ring, top + tile.height - 1 + ring],
                         outline=RED,
                     )
-            caption = f"#{candidate.id} {candidate.score:.4g}" if candidate.error is None else f"#{candidate.id} failed"
+            caption = f"#{candidate.id}: {candidate.score:.5g}" if candidate.error is None else f"#{candidate.id}: failed"
             pen.text((left + tile.width / 2, top + height + 9), caption, fill=INK, font=font(11), anchor="mm")
     return write_image(image, path)
 
