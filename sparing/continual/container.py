@@ -101,7 +101,7 @@ class Sequential(Chain, nn.Sequential):  # type: ignore[misc]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        for name, module in self.named_children():
+        for name, module in self.parts():
             check_part(name, module)
 
     def parts(self) -> list[Part]:

@@ -9,7 +9,7 @@ halfway.
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,11 +38,13 @@ class Place:
     per_frame: bool
     converters: Mapping[type, Converter]
     flattened: bool = False  # frames are (C,) from here on
+    # What modules became, by module and form of the frames: one that stands in several places is one in the twin too.
+    # (The module is kept beside its twin, so that its id stays its own.)
+    done: dict[tuple[int, bool], tuple[nn.Module, nn.Module]] = field(default_factory=dict)
 
     def inside(self, name: str, *, flattened: bool | None = None) -> "Place":
         path = f"{self.path}.{name}" if self.path else name
-        flat = self.flattened if flattened is None else flattened
-        return Place(path, self.pool_window, self.sequence_len, self.per_frame, self.converters, flat)
+        return replace(self, path=path, flattened=self.flattened if flattened is None else flattened)
 
     def refuse(self, module: nn.Module, why: str) -> ValueError:
         return ValueError(f"{self.path or 'the network'} ({type(module).__name__}): {why}")
@@ -87,6 +89,16 @@ def convert(
 
 
 def _convert(module: nn.Module, place: Place) -> nn.Module:
+    """The twin of a module at its place. A module that is met again is the same twin again, with the same weights;
+    memories belong to places (containers keep them by name), so each place has its own.
+    """
+    key = (id(module), place.flattened)
+    if key not in place.done:
+        place.done[key] = module, _converted(module, place)
+    return place.done[key][1]
+
+
+def _converted(module: nn.Module, place: Place) -> nn.Module:
     for kind in type(module).__mro__:
         if kind in place.converters:
             return place.converters[kind](module, place)
@@ -204,10 +216,15 @@ def _over_time(module: nn.Module, place: Place) -> nn.Module:
     return PerFrame(module)
 
 
+def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every child by its name, one that stands in two places twice (``named_children`` leaves it out)."""
+    return [(name, child) for name, child in module._modules.items() if child is not None]
+
+
 def _sequential(sequence: nn.Module, place: Place) -> nn.Module:
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     flattened = place.flattened
-    for name, child in sequence.named_children():
+    for name, child in _children(sequence):
         parts[name] = _convert(child, place.inside(name, flattened=flattened))
         flattened = flattened or isinstance(parts[name], Flatten)
     return Sequential(parts)
@@ -387,7 +404,7 @@ def explain(network: Continual, frame_shape: tuple[int, ...] | None = None) -> s
     """
     state = None if frame_shape is None else network.init_state(1, frame_shape)
     rows: list[tuple[str, ...]] = [("layer", "kind", "R", "delay", "stride", "padding", "bytes/stream")]
-    for name, module in network.named_modules():  # type: ignore[attr-defined]
+    for name, module in network.named_modules(remove_duplicate=False):  # type: ignore[attr-defined]
         if (
             not isinstance(module, Continual)
             or module is network

@@ -92,6 +92,23 @@ def test_torch_encoders_convert(layers):
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+def test_a_layer_that_stands_in_two_places_keeps_its_weights_and_gets_two_memories():
+    torch.manual_seed(0)
+    conv, relu = nn.Conv1d(4, 4, 3, padding=1), nn.ReLU()
+    plain = nn.Sequential(conv, relu, conv, relu, nn.Sequential(conv, nn.BatchNorm1d(4)), nn.Sequential(relu)).eval()
+    twin = co.convert(plain)
+    assert list(twin.state_dict()) == list(plain.state_dict())
+    assert twin[0].weight is twin[2].weight is twin[4][0].weight
+    x = torch.randn(2, 4, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x), plain(x))
+        torch.testing.assert_close(run_steps(twin, x)[0], plain(x)[:, :, :-3], atol=1e-5, rtol=1e-5)
+    rows = [line.split()[0] for line in co.explain(twin, (4,)).splitlines() if "Conv1d" in line]
+    assert rows == ["0", "2", "4.0"]
+    hand = co.Sequential(twin[0], twin[0])
+    torch.testing.assert_close(run_steps(hand, x)[0], hand(x)[:, :, :-2], atol=1e-5, rtol=1e-5)
+
+
 class Odd(nn.Module):
     def forward(self, x):
         return x.flip(2)
