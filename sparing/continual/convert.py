@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized
 
 from sparing.continual import pool as pools
 from sparing.continual.attention import SingleOutputAttention
@@ -22,7 +24,7 @@ from sparing.continual.container import Branches, Chain, Part, Sequential
 from sparing.continual.conv import Conv1d, Conv2d, Conv3d
 from sparing.continual.encoder import TransformerEncoder
 from sparing.continual.module import Continual
-from sparing.continual.per_frame import Flatten, LayerNorm, Linear, PerFrame, Softmax, is_per_frame
+from sparing.continual.per_frame import ALIKE, Flatten, LayerNorm, Linear, PerFrame, Softmax, is_per_frame
 from sparing.continual.state import state_bytes
 
 Converter = Callable[[nn.Module, "Place"], nn.Module]
@@ -82,10 +84,56 @@ def convert(
             f"time must be axis 2 of the clips, (N, C, T, ...), got time_dim={time_dim}: permute the input"
         )
     place = Place("", pool_window, sequence_len, per_frame, dict(converters or {}))
+    check_plain(module, place)
     twin = _convert(copy.deepcopy(module), place)
     if not isinstance(twin, Continual):
         twin = Sequential(OrderedDict(layer=twin))
     return twin.train(module.training)
+
+
+def check_plain(module: nn.Module, place: Place | None = None) -> None:
+    """Refuse what a copy of the layers would lose: weights that are computed or do not exist yet, hooks, and a
+    forward of one's own. Types that the user converts are the user's.
+
+    Raises:
+        ValueError: with the path and the fix.
+    """
+    place = place or Place("", None, None, False, {})
+    if any(kind in place.converters for kind in type(module).__mro__):
+        return
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+        raise place.refuse(module, "has no weights yet: run the clip network on one clip first")
+    if is_parametrized(module):
+        names = sorted(module.parametrizations)  # type: ignore[arg-type]
+        raise place.refuse(
+            module,
+            f"computes its {', '.join(names)} by a parametrization: fuse it first with "
+            f"torch.nn.utils.parametrize.remove_parametrizations(module, {names[0]!r})",
+        )
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    if hooks:
+        hook = getattr(hooks[0], "__name__", type(hooks[0]).__name__)
+        remove = _REMOVE.get(hook, "the handle that registering it returned, or make it a module of the network")
+        raise place.refuse(module, f"has a forward hook ({hook}), which no step would call: remove it with {remove}")
+    if "forward" in vars(module):
+        raise place.refuse(module, f"has a forward that was set on the module: {_OWN_WAY}")
+    for name, child in _children(module):
+        check_plain(child, place.inside(name))
+
+
+# Hooks of torch that compute a weight, and what takes them off.
+_REMOVE = {
+    "WeightNorm": "torch.nn.utils.remove_weight_norm(module)",
+    "SpectralNorm": "torch.nn.utils.remove_spectral_norm(module)",
+}
+_OWN_WAY = "pass converters={its type: function}, or wrap it in PerFrame if its output at a frame depends on it only"
+# Methods in which a layer's forward is spread over its class.
+_FORWARD = ("forward", "_conv_forward", "__call__")
+
+
+def _same_forward(module: nn.Module, kind: type) -> bool:
+    """Whether a subclass computes what ``kind`` does: it may be built otherwise, but not run otherwise."""
+    return all(getattr(type(module), name, None) is getattr(kind, name, None) for name in _FORWARD)
 
 
 def _convert(module: nn.Module, place: Place) -> nn.Module:
@@ -109,14 +157,20 @@ def _converted(module: nn.Module, place: Place) -> nn.Module:
         return _TORCHVISION[name](module, place)
     for kind in type(module).__mro__:
         if kind in _CONVERTERS:
+            if not _same_forward(module, kind):
+                raise place.refuse(module, f"has a forward of its own, not that of {kind.__name__}: {_OWN_WAY}")
             return _CONVERTERS[kind](module, place)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+        raise place.refuse(
+            module,
+            "has no running statistics, so those of the batch would mix streams: build it with "
+            "track_running_stats=True and train it",
+        )
     if is_per_frame(module):
+        if not any(_same_forward(module, kind) for kind in type(module).__mro__[:-1] if kind in ALIKE):
+            raise place.refuse(module, f"has a forward of its own, not that of a torch layer: {_OWN_WAY}")
         return module
-    raise place.refuse(
-        module,
-        "has no continual form; pass converters={its type: function}, or wrap it in PerFrame if its output at a frame "
-        "depends on that frame only",
-    )
+    raise place.refuse(module, f"has no continual form; {_OWN_WAY}")
 
 
 def _conv(kind: Any) -> Converter:

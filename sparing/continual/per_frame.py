@@ -11,8 +11,9 @@ from sparing.continual.module import Continual
 from sparing.continual.timing import PER_FRAME, Span, Tick
 
 # Modules whose output at a frame depends on that frame only, whatever the axes (batch norm: in eval mode).
-_ALIKE = (
+ALIKE = (
     nn.modules.batchnorm._BatchNorm,
+    nn.SyncBatchNorm,
     nn.Identity,
     nn.Dropout,
     nn.Dropout1d,
@@ -46,8 +47,12 @@ _ALIKE = (
 
 
 def is_per_frame(module: nn.Module) -> bool:
-    """Whether a torch module is known to treat every frame alike."""
-    return isinstance(module, _ALIKE)
+    """Whether a torch module is known to treat every frame alike. A batch norm without running statistics does not:
+    it takes those of the batch, in which other streams are.
+    """
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+        return False
+    return isinstance(module, ALIKE)
 
 
 def on_frame(module: nn.Module, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.continual.container import Chain, Part
-from sparing.continual.convert import convert
+from sparing.continual.convert import check_plain, convert
 from sparing.continual.module import Continual
 from sparing.zoo import hosts
 from sparing.zoo.registry import create_model
@@ -95,6 +95,7 @@ class ContinualTwin(Chain, Twin, nn.Module):
         if isinstance(host, Continual):
             return []
         try:
+            check_plain(host)
             convert(_without_memory(host), pool_window=1, sequence_len=1, per_frame=True)
         except (ValueError, TypeError) as error:
             return [str(error)]

@@ -6,6 +6,7 @@ from continual.test_layers import run_steps
 from torch import nn
 
 from sparing import continual as co
+from sparing.continual.twin import ContinualTwin
 
 
 def clip_network():
@@ -112,6 +113,102 @@ def test_a_layer_that_stands_in_two_places_keeps_its_weights_and_gets_two_memori
 class Odd(nn.Module):
     def forward(self, x):
         return x.flip(2)
+
+
+class Skip(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Standardised(nn.Conv1d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2), keepdim=True), self.bias)
+
+
+class Scaled(nn.Conv1d):
+    def _conv_forward(self, x, weight, bias):
+        return 2 * super()._conv_forward(x, weight, bias)
+
+
+class Flipped(nn.ReLU):
+    def forward(self, x):
+        return super().forward(x.flip(2))
+
+
+class Named(nn.Conv1d):
+    """Built otherwise, run as its base."""
+
+    def __init__(self, width):
+        super().__init__(width, width, 3)
+
+
+def hooked(where):
+    module = nn.Sequential(nn.Sequential(nn.Conv1d(2, 2, 3), nn.ReLU()))
+    target = {"conv": module[0][0], "relu": module[0][1], "whole": module}[where]
+    if where == "conv":
+        target.register_forward_hook(lambda module, given, out: 2 * out)
+    else:
+        target.register_forward_pre_hook(lambda module, given: given)
+    return module
+
+
+def patched():
+    module = nn.Sequential(nn.ReLU())
+    module[0].forward = lambda x: x.flip(2)
+    return module
+
+
+OWN = "has a forward of its own"
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: nn.Sequential(Skip(nn.Conv1d(2, 2, 3, padding=1))), rf"0 \(Skip\): {OWN}, not that of Sequential"),
+        (lambda: nn.Sequential(nn.ReLU(), Standardised(2, 2, 3)), rf"1 \(Standardised\): {OWN}.*converters="),
+        (lambda: nn.Sequential(Scaled(2, 2, 3)), rf"0 \(Scaled\): {OWN}"),
+        (lambda: nn.Sequential(Flipped()), rf"0 \(Flipped\): {OWN}"),
+        (lambda: patched(), r"0 \(ReLU\): has a forward that was set on the module"),
+        (lambda: hooked("conv"), r"0\.0 \(Conv1d\): has a forward hook \(<lambda>\), which no step would call: remove"),
+        (lambda: hooked("relu"), r"0\.1 \(ReLU\): has a forward hook"),
+        (lambda: hooked("whole"), r"the network \(Sequential\): has a forward hook"),
+        (lambda: nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False)), r"0 \(BatchNorm1d\).*mix streams"),
+    ],
+)
+def test_what_a_copy_of_the_layers_would_lose_is_refused_by_path(build, words):
+    with pytest.raises(ValueError, match=words):
+        co.convert(build())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (nn.utils.parametrizations.weight_norm, r"weight by a parametrization: fuse it first with .*remove_param"),
+        (nn.utils.parametrizations.spectral_norm, r"remove_parametrizations\(module, 'weight'\)"),
+        (nn.utils.weight_norm, r"hook \(WeightNorm\).*remove_weight_norm"),
+        (nn.utils.spectral_norm, r"hook \(SpectralNorm\).*remove_spectral_norm"),
+        (lambda conv: nn.LazyConv1d(2, 3), r"has no weights yet: run the clip network on one clip"),
+    ],
+)
+def test_weights_that_are_computed_or_not_there_yet_are_refused_by_path(change, words):
+    network = nn.Sequential(nn.ReLU(), nn.Sequential(change(nn.Conv1d(2, 2, 3))))
+    with pytest.raises(ValueError, match=rf"1\.0 \(\w*Conv1d\): .*{words}"):
+        co.convert(network)
+    assert "1.0" in ContinualTwin.why_not(network)[0]
+
+
+def test_subclasses_that_run_as_their_base_convert():
+    torch.manual_seed(0)
+    network = nn.Sequential(Named(2), nn.SyncBatchNorm(2), nn.ReLU6()).eval()
+    x = torch.randn(1, 2, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(run_steps(co.convert(network), x)[0], network(x), atol=1e-6, rtol=1e-5)
+
+
+def test_a_batch_norm_without_statistics_is_no_part_of_a_stream():
+    with pytest.raises(TypeError, match="1: BatchNorm1d is not known to treat every frame alike"):
+        co.Sequential(co.Conv1d(2, 2, 3), nn.BatchNorm1d(2, track_running_stats=False))
 
 
 @pytest.mark.parametrize(
