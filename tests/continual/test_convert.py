@@ -110,6 +110,67 @@ def test_a_layer_that_stands_in_two_places_keeps_its_weights_and_gets_two_memori
     torch.testing.assert_close(run_steps(hand, x)[0], hand(x)[:, :, :-2], atol=1e-5, rtol=1e-5)
 
 
+def torch_encoder(layers=2, **options):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, **options)
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).eval()
+
+
+def changed(change, layers=2):
+    network = torch_encoder(layers)
+    change(network)
+    return network
+
+
+def another_layer(**options):
+    sizes = {"d_model": 8, "nhead": 2, "dim_feedforward": 16, "batch_first": True} | options
+    return lambda network: network.layers.__setitem__(1, nn.TransformerEncoderLayer(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (another_layer(nhead=4), r"layers\.1 .*otherwise than the first layer: num_heads 4 \(first layer: 2\)"),
+        (another_layer(norm_first=True), r"layers\.1 .*norm_first True"),
+        (another_layer(activation="gelu"), r"layers\.1 .*activation gelu"),
+        (another_layer(layer_norm_eps=0.1), r"layers\.1 .*layer_norm_eps 0\.1"),
+        (another_layer(dim_feedforward=32), r"layers\.1 .*dim_feedforward 32"),
+        (lambda network: setattr(network, "norm", nn.LayerNorm(8, elementwise_affine=False)), r"norm \(LayerNorm\)"),
+        (lambda network: setattr(network.layers[1].norm2, "eps", 0.5), r"layers\.1 .*two norms of different eps"),
+        (lambda network: setattr(network, "layers", nn.ModuleList()), r"the network \(Transf\w+\): has no layers"),
+    ],
+)
+def test_encoders_that_are_not_the_same_all_through_are_refused_by_path(change, words):
+    with pytest.raises(ValueError, match=words):
+        co.convert(changed(change), sequence_len=4)
+    with pytest.raises(ValueError, match="sequence_len must be a whole number of tokens, got 0"):
+        co.convert(torch_encoder(), sequence_len=0)
+
+
+def test_the_final_norm_has_its_own_eps_and_tied_layers_stay_tied():
+    plain = torch_encoder()
+    plain.layers[1] = plain.layers[0]
+    plain.norm = nn.LayerNorm(8, eps=0.5)
+    twin = co.convert(plain, sequence_len=4)
+    assert twin.layers[1].linear1.weight is twin.layers[0].linear1.weight
+    assert twin.layers[0].linear1.weight is not plain.layers[0].linear1.weight
+    assert ContinualTwin.why_not(plain) == []
+    x = torch.randn(1, 8, 6)
+    with torch.no_grad():
+        want = torch.stack([plain(x[:, :, i : i + 4].mT)[:, -1] for i in range(3)], 2)
+        torch.testing.assert_close(run_steps(twin, x)[0], want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_frozen_norm_stays_frozen():
+    network = clip_network().train()
+    network[1].eval()
+    twin = co.convert(network, pool_window=3)
+    assert (twin.training, twin[1].training, twin[6].training) == (True, False, True)
+    state = twin.init_state(1, (3, 8, 8))
+    twin.step(torch.randn(1, 3, 8, 8), state)  # which batch statistics would refuse
+    assert not any(part.training for part in co.convert(network.eval(), pool_window=3).modules())
+
+
 class Odd(nn.Module):
     def forward(self, x):
         return x.flip(2)
