@@ -69,6 +69,24 @@ def test_torchvision_video_resnets_convert(name):
                 torch.testing.assert_close(got, want[:, :, : got.shape[2]], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("change", ["stride", "eps", "none"])
+def test_a_changed_video_network_is_not_saved_as_the_stock_one(change):
+    import torchvision
+
+    with torch.device("meta"):
+        plain = torchvision.models.video.r3d_18(num_classes=5).eval()
+        if change == "stride":
+            plain.stem[0].stride = (1, 1, 1)
+        if change == "eps":
+            plain.layer1[0].conv1[1].eps = 1e-2
+        twin = ContinualTwin.from_host(plain, pool_window=2)
+    if change == "none":
+        assert twin.twin_config()["host"]["architecture"] == "torchvision/r3d_18"
+        return
+    with pytest.raises(ValueError, match="cannot be rebuilt by name"):
+        twin.twin_config()
+
+
 def test_torchvision_s3d_converts():
     import torchvision
 
