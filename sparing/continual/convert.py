@@ -24,7 +24,17 @@ from sparing.continual.container import Branches, Chain, Part, Sequential
 from sparing.continual.conv import Conv1d, Conv2d, Conv3d
 from sparing.continual.encoder import TransformerEncoder
 from sparing.continual.module import Continual
-from sparing.continual.per_frame import ALIKE, Flatten, LayerNorm, Linear, PerFrame, Softmax, is_per_frame
+from sparing.continual.per_frame import (
+    ALIKE,
+    GLU,
+    Flatten,
+    LayerNorm,
+    Linear,
+    LogSoftmax,
+    PerFrame,
+    Softmax,
+    is_per_frame,
+)
 from sparing.continual.state import state_bytes
 
 Converter = Callable[[nn.Module, "Place"], nn.Module]
@@ -225,6 +235,10 @@ def _adaptive(kind: Any) -> Converter:
     def build(pool: Any, place: Place) -> nn.Module:
         if place.pool_window is None:
             raise place.refuse(pool, "pools the whole clip: pass pool_window=, the frames that a step pools instead")
+        if getattr(pool, "return_indices", False):
+            raise place.refuse(
+                pool, "returns indices, which are places in the clip: build it with return_indices=False"
+            )
         try:
             return kind(pool.output_size, window=place.pool_window)
         except ValueError as error:
@@ -261,10 +275,15 @@ def _flatten(flatten: Any, place: Place) -> nn.Module:
     return Flatten()
 
 
-def _softmax(softmax: Any, place: Place) -> nn.Module:
-    if softmax.dim != 1:
-        raise place.refuse(softmax, f"runs over axis {softmax.dim}; only the channel axis 1 is known on a stream")
-    return Softmax()
+def _over_channels(kind: type[nn.Module]) -> Converter:
+    """Layers along one axis, which must be the channels. Behind a Flatten clips were (N, C), where that is the last."""
+
+    def build(layer: Any, place: Place) -> nn.Module:
+        if layer.dim != 1 and not (place.flattened and layer.dim == -1):
+            raise place.refuse(layer, f"runs over axis {layer.dim}; only the channel axis 1 is known on a stream")
+        return kind()
+
+    return build
 
 
 def _over_time(module: nn.Module, place: Place) -> nn.Module:
@@ -274,7 +293,20 @@ def _over_time(module: nn.Module, place: Place) -> nn.Module:
             "takes its statistics over time, so clip and step would differ; use batch norm, or pass per_frame=True "
             "to apply it to each frame alone (another function)",
         )
+    if isinstance(module, nn.InstanceNorm1d):
+        raise place.refuse(
+            module, "takes its statistics over time alone, and a frame has one value a channel: use another"
+        )
     return PerFrame(module)
+
+
+def _recurrent(layer: Any, place: Place) -> nn.Module:
+    name = type(layer).__name__
+    raise place.refuse(
+        layer,
+        f"runs over (T, N, C) or (N, T, C): use continual.{name} in its place, which takes clips (N, C, T) and has the "
+        "same state dict",
+    )
 
 
 def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -287,8 +319,15 @@ def _sequential(sequence: nn.Module, place: Place) -> nn.Module:
     flattened = place.flattened
     for name, child in _children(sequence):
         parts[name] = _convert(child, place.inside(name, flattened=flattened))
-        flattened = flattened or isinstance(parts[name], Flatten)
+        flattened = flattened or _flattens(parts[name])
     return Sequential(parts)
+
+
+def _flattens(module: nn.Module) -> bool:
+    """Whether frames are (C,) behind a twin because it flattens them, itself or in a chain."""
+    if isinstance(module, Chain):
+        return any(_flattens(part) for _, part in module.parts())
+    return isinstance(module, Flatten)
 
 
 def _encoder(encoder: Any, place: Place) -> nn.Module:
@@ -485,18 +524,23 @@ _CONVERTERS: dict[type, Converter] = {
     nn.MaxPool1d: _pool(pools.MaxPool1d),
     nn.MaxPool2d: _pool(pools.MaxPool2d),
     nn.MaxPool3d: _pool(pools.MaxPool3d),
+    nn.AdaptiveAvgPool1d: _adaptive(pools.AdaptiveAvgPool1d),
     nn.AdaptiveAvgPool2d: _adaptive(pools.AdaptiveAvgPool2d),
     nn.AdaptiveAvgPool3d: _adaptive(pools.AdaptiveAvgPool3d),
+    nn.AdaptiveMaxPool1d: _adaptive(pools.AdaptiveMaxPool1d),
     nn.AdaptiveMaxPool2d: _adaptive(pools.AdaptiveMaxPool2d),
     nn.AdaptiveMaxPool3d: _adaptive(pools.AdaptiveMaxPool3d),
     nn.Linear: _linear,
     nn.LayerNorm: _layer_norm,
     nn.Flatten: _flatten,
-    nn.Softmax: _softmax,
-    nn.LogSoftmax: _over_time,
+    nn.Softmax: _over_channels(Softmax),
+    nn.LogSoftmax: _over_channels(LogSoftmax),
+    nn.GLU: _over_channels(GLU),
+    nn.RNN: _recurrent,
+    nn.GRU: _recurrent,
+    nn.LSTM: _recurrent,
     nn.GroupNorm: _over_time,
     nn.modules.instancenorm._InstanceNorm: _over_time,
-    nn.GLU: _over_time,
     nn.Sequential: _sequential,
     nn.TransformerEncoder: _encoder,
     nn.MultiheadAttention: _attention,

@@ -127,6 +127,26 @@ class Softmax(PerFrameLayer, nn.Module):
         return x.softmax(1)
 
 
+class LogSoftmax(PerFrameLayer, nn.Module):
+    """Logarithm of the softmax over the channel axis 1."""
+
+    def _frame(self, x: Tensor) -> Tensor:
+        return x.log_softmax(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.log_softmax(1)
+
+
+class GLU(PerFrameLayer, nn.Module):
+    """Half of the channels, gated by the sigmoid of the other half: ``nn.GLU(1)``."""
+
+    def _frame(self, x: Tensor) -> Tensor:
+        return F.glu(x, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.glu(x, 1)
+
+
 class PerFrame(PerFrameLayer, nn.Module):
     """Apply any clip module to each frame alone, as a clip of one frame: (N, C, 1, ...) in, (N, C', 1, ...) out.
 

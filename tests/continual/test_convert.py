@@ -307,6 +307,16 @@ def test_a_batch_norm_without_statistics_is_no_part_of_a_stream():
         (nn.Sequential(nn.AvgPool3d(2, ceil_mode=True)), {}, r"0 \(AvgPool3d\).*ceil_mode"),
         (nn.Sequential(nn.Conv1d(2, 2, 3, padding=3)), {}, r"0 \(Conv1d\).*padding 3 is outside 0\.\.2"),
         (nn.Sequential(nn.ReLU()), {"time_dim": 1}, "time must be axis 2.*got time_dim=1"),
+        (nn.Sequential(nn.LogSoftmax(-1)), {}, "runs over axis -1"),
+        (nn.Sequential(nn.InstanceNorm1d(2)), {"per_frame": True}, r"0 \(InstanceNorm1d\): .*one value a channel"),
+        (nn.Sequential(nn.LSTM(2, 2)), {}, r"0 \(LSTM\): .*use continual\.LSTM"),
+        (nn.Sequential(nn.AdaptiveMaxPool1d(1, return_indices=True)), {"pool_window": 2}, "returns indices"),
+        (
+            nn.Sequential(nn.AdaptiveAvgPool1d(1)),
+            {"pool_window": 1.5},
+            r"0 \(Adapt\w+\): window must be a whole .*1\.5",
+        ),
+        (nn.Sequential(nn.AdaptiveAvgPool1d(1)), {"pool_window": 0}, r"0 \(Adapt\w+\): window must be a whole .*0"),
         (nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 1), {}, "pass sequence_len="),
     ],
 )
@@ -324,6 +334,35 @@ def test_norms_over_time_are_taken_frame_by_frame_when_asked():
     torch.testing.assert_close(twin(x), want)
     torch.testing.assert_close(run_steps(twin, x)[0], want)
     assert next(iter(plain.state_dict())) == "0.weight"
+
+
+@pytest.mark.parametrize(
+    ("build", "window"),
+    [
+        (lambda: nn.Sequential(nn.Sequential(nn.AdaptiveAvgPool3d(1), nn.Flatten(1)), nn.Linear(4, 3)), 5),
+        (lambda: nn.Sequential(nn.Sequential(nn.AdaptiveAvgPool3d(1), nn.Flatten()), nn.Softmax(-1)), 5),
+        (lambda: nn.Sequential(nn.Conv1d(4, 4, 2), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 3)), 4),
+        (lambda: nn.Sequential(nn.AdaptiveMaxPool1d(1), nn.Flatten(), nn.LogSoftmax(1)), 5),
+        (lambda: nn.Sequential(nn.AdaptiveMaxPool1d(1), nn.Flatten(), nn.Linear(4, 6), nn.GLU(-1)), 5),
+    ],
+)
+def test_heads_of_every_form_convert(build, window):
+    torch.manual_seed(0)
+    plain = build().eval()
+    twin = co.convert(plain, pool_window=window)
+    x = torch.randn(2, 4, 9, *((3, 3) if "3d" in str(plain) else ()))
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x)[:, :, 0], plain(x))
+        want = torch.stack([plain(x[:, :, i : i + 5]) for i in range(5)], 2)
+        torch.testing.assert_close(run_steps(twin, x)[0], want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [nn.LogSoftmax(1), nn.GLU(1), nn.Softmax(1)])
+def test_layers_over_channels_convert(layer):
+    x = torch.randn(2, 4, 6, 3, 3)
+    twin = co.convert(nn.Sequential(layer))
+    torch.testing.assert_close(twin(x), layer(x))
+    torch.testing.assert_close(run_steps(twin, x)[0], layer(x))
 
 
 def test_further_types_convert_by_the_users_function():
