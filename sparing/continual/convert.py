@@ -316,11 +316,29 @@ def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _sequential(sequence: nn.Module, place: Place) -> nn.Module:
     parts: OrderedDict[str, nn.Module] = OrderedDict()
-    flattened = place.flattened
+    flattened, width = place.flattened, None
     for name, child in _children(sequence):
+        if isinstance(child, nn.Linear) and flattened and width not in (None, child.in_features):
+            raise place.inside(name).refuse(
+                child,
+                f"takes {child.in_features} features, a frame has {width}: flattening time into features has no "
+                "continual form; pool over time (nn.AdaptiveAvgPool1d(1) with pool_window=), or use a Conv1d whose "
+                "kernel is the clip",
+            )
+        width = _width(child, width)
         parts[name] = _convert(child, place.inside(name, flattened=flattened))
         flattened = flattened or _flattens(parts[name])
     return Sequential(parts)
+
+
+def _width(module: nn.Module, before: int | None) -> int | None:
+    """Numbers in a frame behind a clip module, where they are known: frames of one-dimensional layers are (C,)."""
+    if isinstance(module, nn.Conv1d):
+        return module.out_channels
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    same = (nn.Flatten, nn.AvgPool1d, nn.MaxPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d)
+    return before if isinstance(module, same) or is_per_frame(module) else None
 
 
 def _flattens(module: nn.Module) -> bool:

@@ -90,6 +90,16 @@ class PerFrameLayer(Continual):
 class Linear(PerFrameLayer, nn.Linear):  # type: ignore[misc]
     """``nn.Linear`` over the channel axis 1; clips (N, C, T, ...), frames (streams, C, ...)."""
 
+    def _memory(
+        self, streams: int, frame_shape: tuple[int, ...], make: Callable[..., Tensor]
+    ) -> tuple[dict, tuple[int, ...]]:
+        if frame_shape[0] != self.in_features:
+            raise ValueError(
+                f"takes {self.in_features} features, a frame has {frame_shape[0]}; where a Flatten before it laid time "
+                "side by side too, pool over time instead, or use a convolution over the clip's frames"
+            )
+        return {}, (self.out_features, *frame_shape[1:])
+
     def _frame(self, x: Tensor) -> Tensor:
         return F.linear(x.movedim(1, -1), self.weight, self.bias).movedim(-1, 1)
 

@@ -57,7 +57,10 @@ class TemporalPool(Continual):
     def _memory(
         self, streams: int, frame_shape: tuple[int, ...], make: Callable[..., Tensor]
     ) -> tuple[dict, tuple[int, ...]]:
-        out_shape = tuple(self._pool_space(torch.empty((1, *frame_shape), device="meta")).shape[1:])
+        try:
+            out_shape = tuple(self._pool_space(torch.empty((1, *frame_shape), device="meta")).shape[1:])
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(f"frames {frame_shape} do not fit: {error}") from error
         kept = self.span().receptive_field - 1
         if kept == 0:
             return {}, out_shape

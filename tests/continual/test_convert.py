@@ -357,6 +357,31 @@ def test_heads_of_every_form_convert(build, window):
         torch.testing.assert_close(run_steps(twin, x)[0], want, atol=1e-5, rtol=1e-5)
 
 
+def test_time_that_is_flattened_into_features_is_refused_by_path():
+    network = nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), nn.BatchNorm1d(4), nn.Flatten(1), nn.Linear(48, 3))
+    with pytest.raises(ValueError, match=r"3 \(Linear\): takes 48 features, a frame has 4: flattening time"):
+        co.convert(network)
+    space = nn.Sequential(nn.Conv3d(4, 4, 3, padding=1), nn.Sequential(nn.Flatten(1), nn.Linear(4 * 8 * 9, 3)))
+    with pytest.raises(ValueError, match=r"1\.1 \(Linear\): takes 288 features, a frame has 36"):
+        co.convert(space).plan((4, 3, 3))
+
+
+@pytest.mark.parametrize("pool", [nn.AvgPool3d(3), nn.MaxPool3d(3)])
+def test_frames_too_small_for_a_layer_are_refused_by_path(pool):
+    twin = co.convert(nn.Sequential(nn.Conv3d(3, 4, 3), nn.Sequential(nn.ReLU(), pool)))
+    for say in (twin.plan, lambda shape: co.explain(twin, shape)):
+        with pytest.raises(ValueError, match=r"0 \(Conv3d\): frames \(3, 2, 5\) are too small for kernel \(3, 3, 3\)"):
+            say((3, 2, 5))
+        with pytest.raises(ValueError, match=r"1\.1 \((Avg|Max)Pool3d\): frames \(4, 2, 2\) do not fit: .*too small"):
+            say((3, 4, 4))
+    assert twin.plan((3, 5, 5)).receptive_field == 5
+    wide = co.Residual(
+        co.Sequential(co.Conv2d(2, 2, 3, padding=(1, 1)), co.Conv2d(2, 2, (1, 3))), shortcut=co.Conv2d(2, 2, (1, 3))
+    )
+    with pytest.raises(ValueError, match=r"module\.1 \(Conv2d\): frames \(2, 2\) are too small"):
+        wide.plan((2, 2))
+
+
 @pytest.mark.parametrize("layer", [nn.LogSoftmax(1), nn.GLU(1), nn.Softmax(1)])
 def test_layers_over_channels_convert(layer):
     x = torch.randn(2, 4, 6, 3, 3)
