@@ -221,6 +221,28 @@ def test_the_state_of_another_network_is_refused(tmp_path):
         co.load_state(tmp_path / "none.safetensors", state)
 
 
+def test_files_that_are_no_saved_stream_are_refused_by_name(tmp_path):
+    from safetensors.torch import save_file
+
+    network = co.Sequential(co.Conv1d(2, 2, 3), co.Conv1d(2, 2, 3))
+    state = network.init_state(1, (2,))
+    co.save_state(state, tmp_path / "whole")
+    whole = (tmp_path / "whole").read_bytes()
+    for name, data in (("truncated", whole[:-9]), ("head", whole[:5]), ("empty", b""), ("garbage", b"hello" * 99)):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=rf"{name} is no saved stream, or a truncated one"):
+            co.load_state(tmp_path / name, state)
+    save_file({"x": torch.zeros(1)}, tmp_path / "weights")
+    with pytest.raises(ValueError, match="weights is no saved stream: it holds other tensors"):
+        co.load_state(tmp_path / "weights", state)
+    with pytest.raises(ValueError, match="is a folder"):
+        co.load_state(tmp_path, state)
+    with pytest.raises(ValueError, match="is a folder"):
+        co.save_state(state, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no folder .*absent to save"):
+        co.save_state(state, tmp_path / "absent" / "file")
+
+
 def test_bad_frames_are_refused_with_expected_and_received():
     network = plain_network()
     state = network.init_state(2, (3, 8, 8))
