@@ -88,7 +88,10 @@ def convert(
 
     Raises:
         ValueError: a layer without continual form; the message names its path and what to do.
+        TypeError: no module at all.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected a clip network, an nn.Module, got {type(module).__name__}")
     if time_dim != 2:
         raise ValueError(
             f"time must be axis 2 of the clips, (N, C, T, ...), got time_dim={time_dim}: permute the input"

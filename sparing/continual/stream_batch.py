@@ -69,6 +69,8 @@ class StreamBatch:
         tile: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        if not isinstance(network, Continual):
+            raise TypeError(f"{type(network).__name__} does not run on streams: sparing.continual.convert makes it")
         if timeout_s is not None and timeout_s <= 0:
             raise ValueError(f"timeout_s must be positive or None, got {timeout_s}")
         if tile is not None and tile < 1:

@@ -128,6 +128,10 @@ def test_what_is_no_frame_is_refused_by_stream():
         batch.step(torch.randn(3, 8, 8))
     with pytest.raises(ValueError, match=r"torch\.bfloat16 does not fit a network in torch\.float32"):
         co.StreamBatch(network, seats=1, frame_shape=(3, 8, 8), dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=r"Linear does not run on streams: sparing\.continual\.convert"):
+        co.StreamBatch(torch.nn.Linear(2, 2), seats=1, frame_shape=(2,))
+    with pytest.raises(TypeError, match=r"expected a clip network, an nn\.Module, got NoneType"):
+        co.convert(None)
 
 
 def test_streams_are_primed_saved_and_restored(tmp_path):
