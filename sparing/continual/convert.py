@@ -451,6 +451,8 @@ class CoVideoBlock(Branches, nn.Module):
 
     def __init__(self, block: Any, place: Place) -> None:
         super().__init__()
+        if type(block.relu) is not nn.ReLU:
+            raise place.inside("relu").refuse(block.relu, "stands where torchvision's block has its ReLU")
         self.count = 3 if hasattr(block, "conv3") else 2
         for i in range(1, self.count + 1):
             self.add_module(f"conv{i}", _convert(getattr(block, f"conv{i}"), place.inside(f"conv{i}")))
@@ -574,7 +576,13 @@ def explain(network: Continual, frame_shape: tuple[int, ...] | None = None) -> s
 
     Args:
         frame_shape: (C, ...) of one frame; without it the bytes are left out.
+
+    Raises:
+        ValueError: frames that a layer cannot step on, with its path.
+        TypeError: a network that does not run on streams.
     """
+    if not isinstance(network, Continual):
+        raise TypeError(f"{type(network).__name__} does not run on streams: convert it first")
     state = None if frame_shape is None else network.init_state(1, frame_shape)
     rows: list[tuple[str, ...]] = [("layer", "kind", "R", "delay", "stride", "padding", "bytes/stream")]
     for name, module in network.named_modules(remove_duplicate=False):  # type: ignore[attr-defined]

@@ -69,6 +69,18 @@ def test_torchvision_video_resnets_convert(name):
                 torch.testing.assert_close(got, want[:, :, : got.shape[2]], atol=1e-4, rtol=1e-4)
 
 
+def test_a_block_with_another_activation_is_refused_by_path():
+    import torchvision
+
+    with torch.device("meta"):
+        plain = torchvision.models.video.r3d_18(num_classes=5).eval()
+    plain.layer2[1].relu = nn.SiLU()
+    with pytest.raises(ValueError, match=r"layer2\.1\.relu \(SiLU\): stands where torchvision's block has its ReLU"):
+        co.convert(plain, pool_window=2)
+    with pytest.raises(TypeError, match="VideoResNet does not run on streams: convert it first"):
+        co.explain(plain)
+
+
 @pytest.mark.parametrize("change", ["stride", "eps", "none"])
 def test_a_changed_video_network_is_not_saved_as_the_stock_one(change):
     import torchvision
