@@ -42,4 +42,6 @@ def stream(
     }
     for name, value in optional.items():
         arguments += [] if value is None else [name, str(value)]
-    main([*arguments, *(["--random-weights"] if random_weights else [])])
+    code = main([*arguments, *(["--random-weights"] if random_weights else [])])
+    if code:
+        raise typer.Exit(code)

@@ -10,10 +10,12 @@ from sparing.continual.export import export_onnx, export_step
 from sparing.continual.folding import fold_batch_norm
 from sparing.continual.log_mel import LogMel, hops_of
 from sparing.continual.module import Continual, Plan, Stream
-from sparing.continual.per_frame import Flatten, LayerNorm, Linear, PerFrame, Softmax
+from sparing.continual.per_frame import GLU, Flatten, LayerNorm, Linear, LogSoftmax, PerFrame, Softmax
 from sparing.continual.pool import (
+    AdaptiveAvgPool1d,
     AdaptiveAvgPool2d,
     AdaptiveAvgPool3d,
+    AdaptiveMaxPool1d,
     AdaptiveMaxPool2d,
     AdaptiveMaxPool3d,
     AvgPool1d,
@@ -29,11 +31,14 @@ from sparing.continual.state import StreamState, gather, leaves, load_state, res
 from sparing.continual.stream_batch import StreamBatch
 
 __all__ = [
+    "GLU",
     "GRU",
     "LSTM",
     "RNN",
+    "AdaptiveAvgPool1d",
     "AdaptiveAvgPool2d",
     "AdaptiveAvgPool3d",
+    "AdaptiveMaxPool1d",
     "AdaptiveMaxPool2d",
     "AdaptiveMaxPool3d",
     "AvgPool1d",
@@ -50,6 +55,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "LogMel",
+    "LogSoftmax",
     "MaxPool1d",
     "MaxPool2d",
     "MaxPool3d",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.continual.delay import Delay
-from sparing.continual.module import Continual
+from sparing.continual.module import Continual, MisfitError
 from sparing.continual.per_frame import is_per_frame, on_frame
 from sparing.continual.timing import (
     PER_FRAME,
@@ -42,6 +42,18 @@ def check_part(name: str, module: nn.Module) -> None:
         )
 
 
+def _memory_at(
+    name: str, module: Continual, streams: int, frame_shape: tuple[int, ...], make: Callable[..., Tensor]
+) -> tuple[dict, tuple[int, ...]]:
+    """Memory of the part ``name``; an error says the path of the layer that does not fit its frames."""
+    try:
+        return module._memory(streams, frame_shape, make)
+    except MisfitError as error:
+        raise MisfitError(f"{name}.{error.path}", error.kind, error.why) from error
+    except (ValueError, RuntimeError) as error:
+        raise MisfitError(name, type(module).__name__, str(error)) from error
+
+
 class Chain(Continual):
     """Mixin of modules whose ``parts()`` run one after another."""
 
@@ -58,7 +70,7 @@ class Chain(Continual):
         memories = {}
         for name, module in self.parts():
             if isinstance(module, Continual):
-                memory, frame_shape = module._memory(streams, frame_shape, make)
+                memory, frame_shape = _memory_at(name, module, streams, frame_shape, make)
                 if memory:
                     memories[name] = memory
         return memories, frame_shape
@@ -101,7 +113,7 @@ class Sequential(Chain, nn.Sequential):  # type: ignore[misc]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        for name, module in self.named_children():
+        for name, module in self.parts():
             check_part(name, module)
 
     def parts(self) -> list[Part]:

@@ -109,6 +109,11 @@ class TemporalConv(Continual):
                 f"got {frame_shape}"
             )
         out_shape = self._out_shape(frame_shape)
+        if min(out_shape) < 1:
+            raise ValueError(
+                f"frames {frame_shape} are too small for kernel {self.kernel_size} (time first) with padding "
+                f"{self.padding} and dilation {self.dilation}"
+            )
         kept = self.span().receptive_field - 1
         if kept == 0:
             return {}, out_shape

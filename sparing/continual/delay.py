@@ -47,9 +47,12 @@ class Delay(Continual, nn.Module):
         if not memory:
             return (None if silent else x), memory
         held = memory["held"]
-        x = admit(x, tick).unsqueeze(2)
-        shifted = x if self.steps_held == 1 else torch.cat([held[:, :, 1:], x], 2)
-        return (None if silent else held[:, :, 0]), {"held": keep(shifted, held, tick)}
+        # A memory of one frame is a copy too: callers reuse the buffer that the frame came in.
+        shifted = torch.cat([held[:, :, 1:], admit(x, tick).unsqueeze(2)], 2)
+        new = {"held": keep(shifted, held, tick)}
+        if silent:
+            return None, new
+        return (held[:, :, 0].clone() if tick.inplace else held[:, :, 0]), new  # in place, what was held is overwritten
 
     def _steps(self, x: Tensor | None, memory: dict, tick: Tick, end: bool) -> tuple[Tensor | None, dict]:
         frames = 0 if x is None else x.shape[2]

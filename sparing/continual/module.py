@@ -53,6 +53,14 @@ class Plan:
         return self.receptive_field + self.first_output_step
 
 
+class MisfitError(ValueError):
+    """Frames that a layer cannot step on: its path in the network, its type, and why."""
+
+    def __init__(self, path: str, kind: str, why: str) -> None:
+        super().__init__(f"{path} ({kind}): {why}")
+        self.path, self.kind, self.why = path, kind, why
+
+
 class Continual:
     """Mixin of every layer and network that steps. Subclasses give ``_span``, ``_memory``, ``_step`` and ``_steps``."""
 
@@ -118,6 +126,9 @@ class Continual:
         Args:
             frame_shape: shape of one frame without stream and time axes: (C,), (C, V), (C, H, W).
             lockstep: all streams share their phase; the clock is a Python int and silent layers are skipped.
+
+        Raises:
+            ValueError: frames that a layer cannot step on; the message names its path.
         """
         if streams < 1:
             raise ValueError(f"streams must be at least 1, got {streams}")

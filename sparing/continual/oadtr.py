@@ -75,6 +75,7 @@ class CoOadTR(Chain, nn.Module):
         )
         self.pre_head_ln = LayerNorm(embed_dim, eps=layer_norm_eps)
         self.mlp_head = Linear(embed_dim, num_classes)
+        self.pretrained_cfg = {"kind": f"features ({dim_feature} numbers a step)"}
 
     def parts(self) -> list[Part]:
         names = ("linear_encoding", "pe", "dropout", "encoder", "pre_head_ln", "mlp_head")

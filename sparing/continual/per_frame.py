@@ -11,8 +11,9 @@ from sparing.continual.module import Continual
 from sparing.continual.timing import PER_FRAME, Span, Tick
 
 # Modules whose output at a frame depends on that frame only, whatever the axes (batch norm: in eval mode).
-_ALIKE = (
+ALIKE = (
     nn.modules.batchnorm._BatchNorm,
+    nn.SyncBatchNorm,
     nn.Identity,
     nn.Dropout,
     nn.Dropout1d,
@@ -46,8 +47,12 @@ _ALIKE = (
 
 
 def is_per_frame(module: nn.Module) -> bool:
-    """Whether a torch module is known to treat every frame alike."""
-    return isinstance(module, _ALIKE)
+    """Whether a torch module is known to treat every frame alike. A batch norm without running statistics does not:
+    it takes those of the batch, in which other streams are.
+    """
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+        return False
+    return isinstance(module, ALIKE)
 
 
 def on_frame(module: nn.Module, x: Tensor) -> Tensor:
@@ -85,6 +90,16 @@ class PerFrameLayer(Continual):
 class Linear(PerFrameLayer, nn.Linear):  # type: ignore[misc]
     """``nn.Linear`` over the channel axis 1; clips (N, C, T, ...), frames (streams, C, ...)."""
 
+    def _memory(
+        self, streams: int, frame_shape: tuple[int, ...], make: Callable[..., Tensor]
+    ) -> tuple[dict, tuple[int, ...]]:
+        if frame_shape[0] != self.in_features:
+            raise ValueError(
+                f"takes {self.in_features} features, a frame has {frame_shape[0]}; where a Flatten before it laid time "
+                "side by side too, pool over time instead, or use a convolution over the clip's frames"
+            )
+        return {}, (self.out_features, *frame_shape[1:])
+
     def _frame(self, x: Tensor) -> Tensor:
         return F.linear(x.movedim(1, -1), self.weight, self.bias).movedim(-1, 1)
 
@@ -120,6 +135,26 @@ class Softmax(PerFrameLayer, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.softmax(1)
+
+
+class LogSoftmax(PerFrameLayer, nn.Module):
+    """Logarithm of the softmax over the channel axis 1."""
+
+    def _frame(self, x: Tensor) -> Tensor:
+        return x.log_softmax(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.log_softmax(1)
+
+
+class GLU(PerFrameLayer, nn.Module):
+    """Half of the channels, gated by the sigmoid of the other half: ``nn.GLU(1)``."""
+
+    def _frame(self, x: Tensor) -> Tensor:
+        return F.glu(x, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.glu(x, 1)
 
 
 class PerFrame(PerFrameLayer, nn.Module):

@@ -29,6 +29,9 @@ _AVERAGE = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _MAXIMUM = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _ADAPTIVE_AVERAGE = {2: F.adaptive_avg_pool1d, 3: F.adaptive_avg_pool2d}
 _ADAPTIVE_MAXIMUM = {2: F.adaptive_max_pool1d, 3: F.adaptive_max_pool2d}
+# Over time and space together, for clips.
+_WHOLE_AVERAGE = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+_WHOLE_MAXIMUM = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
 
 
 class TemporalPool(Continual):
@@ -54,7 +57,10 @@ class TemporalPool(Continual):
     def _memory(
         self, streams: int, frame_shape: tuple[int, ...], make: Callable[..., Tensor]
     ) -> tuple[dict, tuple[int, ...]]:
-        out_shape = tuple(self._pool_space(torch.empty((1, *frame_shape), device="meta")).shape[1:])
+        try:
+            out_shape = tuple(self._pool_space(torch.empty((1, *frame_shape), device="meta")).shape[1:])
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(f"frames {frame_shape} do not fit: {error}") from error
         kept = self.span().receptive_field - 1
         if kept == 0:
             return {}, out_shape
@@ -317,7 +323,7 @@ class _AdaptivePool(TemporalPool, nn.Module):
         window: frames that a step pools.
 
     Raises:
-        ValueError: output size in time other than 1, or a window below 1.
+        ValueError: output size in time other than 1, or a window that is not a whole number above 0.
     """
 
     dims = 2
@@ -327,8 +333,8 @@ class _AdaptivePool(TemporalPool, nn.Module):
         size = tuple(output_size) if isinstance(output_size, (tuple, list)) else (output_size,) * self.dims
         if len(size) != self.dims or size[0] != 1:
             raise ValueError(f"output_size must be (1, ...) with {self.dims} numbers (time first), got {output_size}")
-        if window < 1:
-            raise ValueError(f"window must be at least 1 frame, got {window}")
+        if not isinstance(window, int) or window < 1:
+            raise ValueError(f"window must be a whole number of at least 1 frame, got {window}")
         self.output_size, self.window = size, window
 
     def _span(self) -> Span:
@@ -343,14 +349,14 @@ class _AdaptivePool(TemporalPool, nn.Module):
 
 class _AdaptiveAvgPool(_AdaptivePool):
     def _pool_space(self, x: Tensor) -> Tensor:
-        return _ADAPTIVE_AVERAGE[self.dims](x, self.output_size[1:])
+        return x if self.dims == 1 else _ADAPTIVE_AVERAGE[self.dims](x, self.output_size[1:])
 
     def _reduce(self, windows: Tensor, counts: Tensor | int | None) -> Tensor:
         return windows.mean(-1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, T, ...) to (N, C, 1, ...)."""
-        return (F.adaptive_avg_pool2d if self.dims == 2 else F.adaptive_avg_pool3d)(x, self.output_size)
+        return _WHOLE_AVERAGE[self.dims](x, self.output_size)
 
 
 class _AdaptiveMaxPool(_AdaptivePool):
@@ -358,14 +364,20 @@ class _AdaptiveMaxPool(_AdaptivePool):
     fill = float("-inf")
 
     def _pool_space(self, x: Tensor) -> Tensor:
-        return _ADAPTIVE_MAXIMUM[self.dims](x, self.output_size[1:])
+        return x if self.dims == 1 else _ADAPTIVE_MAXIMUM[self.dims](x, self.output_size[1:])
 
     def _reduce(self, windows: Tensor, counts: Tensor | int | None) -> Tensor:
         return windows.amax(-1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, T, ...) to (N, C, 1, ...)."""
-        return (F.adaptive_max_pool2d if self.dims == 2 else F.adaptive_max_pool3d)(x, self.output_size)
+        return _WHOLE_MAXIMUM[self.dims](x, self.output_size)
+
+
+class AdaptiveAvgPool1d(_AdaptiveAvgPool):
+    """Sliding mean over time; clips (N, C, T), frames (streams, C)."""
+
+    dims = 1
 
 
 class AdaptiveAvgPool2d(_AdaptiveAvgPool):
@@ -378,6 +390,12 @@ class AdaptiveAvgPool3d(_AdaptiveAvgPool):
     """Sliding mean over time and space; clips (N, C, T, H, W), frames (streams, C, H, W)."""
 
     dims = 3
+
+
+class AdaptiveMaxPool1d(_AdaptiveMaxPool):
+    """Sliding maximum over time; clips (N, C, T), frames (streams, C)."""
+
+    dims = 1
 
 
 class AdaptiveMaxPool2d(_AdaptiveMaxPool):

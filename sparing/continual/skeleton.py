@@ -339,6 +339,7 @@ class CoSkeletonNet(Chain, nn.Module):
         self.mean = _MeanJoints()
         self.fc = Linear(layers[-1][1], num_classes)
         nn.init.normal_(self.fc.weight, std=math.sqrt(2 / num_classes))
+        self.pretrained_cfg = {"kind": f"skeletons ({num_skeletons} of {graph[0]} joints a frame)"}
 
     def parts(self) -> list[Part]:
         return [("layers", self.layers), ("mean", self.mean), ("pool", self.pool), ("fc", self.fc)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -205,12 +205,25 @@ def fingerprint(state: StreamState) -> str:
 
 
 def save_state(state: StreamState, path: str | Path, *, metadata: dict[str, str] | None = None) -> None:
-    """Write the streams of ``state`` to a safetensors file."""
+    """Write the streams of ``state`` to a safetensors file.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: the path is a folder, or cannot be written.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: give the name of a file")
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"no folder {Path(path).parent} to save {path} in")
     tensors = {f"memory.{name}": t.contiguous().clone() for name, t in leaves(state.memory)}
     clock = state.clock if isinstance(state.clock, Tensor) else torch.full((state.streams,), state.clock)
     tensors["clock"] = clock.clone()
     lockstep = str(int(state.lockstep))
-    save_file(tensors, path, metadata={**(metadata or {}), "fingerprint": fingerprint(state), "lockstep": lockstep})
+    described = {**(metadata or {}), "fingerprint": fingerprint(state), "lockstep": lockstep}
+    try:
+        save_file(tensors, path, metadata=described)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be written: {error}") from error
 
 
 def load_state(path: str | Path, like: StreamState) -> StreamState:
@@ -219,17 +232,23 @@ def load_state(path: str | Path, like: StreamState) -> StreamState:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file holds the state of another network, frame size or dtype.
+        ValueError: the file holds the state of another network, frame size or dtype; or it is a folder, truncated or
+            no saved stream at all.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"no saved stream at {path}")
-    with safe_open(path, framework="pt", device=str(like.frame.device)) as file:
-        metadata = file.metadata() or {}
-        if metadata.get("fingerprint") != fingerprint(like):
-            raise ValueError(
-                f"{path} holds the state of another network, frame size or dtype (structure hashes differ)"
-            )
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file, not a dict)
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder, not a saved stream")
+    try:
+        with safe_open(path, framework="pt", device=str(like.frame.device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file, not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no saved stream, or a truncated one: {error}") from error
+    if "fingerprint" not in metadata or "clock" not in tensors:
+        raise ValueError(f"{path} is no saved stream: it holds other tensors")
+    if metadata["fingerprint"] != fingerprint(like):
+        raise ValueError(f"{path} holds the state of another network, frame size or dtype (structure hashes differ)")
 
     def rebuild(memory: dict[str, Any], prefix: str) -> dict[str, Any]:
         return {

@@ -43,12 +43,16 @@ class StreamBatch:
         network: any continual network, in eval mode.
         seats: streams at most.
         frame_shape: (C, ...) of one frame.
-        timeout_s: streams without a frame for longer leave at the next step (None: never).
+        timeout_s: streams without a frame for longer leave at the next step (None: never); one whose frame comes with
+            that very step begins anew.
         compile: ``torch.compile`` the step (True, or a backend's name).
         cuda_graph: capture the step and replay it; None = on CUDA devices unless compiled.
         tile: seats that are stepped together; None = all of them on a device or when compiled, on a CPU as many
             as have ``TILE_BYTES`` of memory, at least ``SMALLEST_TILE``.
         clock: seconds, for time-outs.
+
+    Raises:
+        ValueError: frames that the network cannot step on or of another dtype than it, or wrong numbers.
     """
 
     def __init__(
@@ -65,11 +69,16 @@ class StreamBatch:
         tile: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        if not isinstance(network, Continual):
+            raise TypeError(f"{type(network).__name__} does not run on streams: sparing.continual.convert makes it")
         if timeout_s is not None and timeout_s <= 0:
             raise ValueError(f"timeout_s must be positive or None, got {timeout_s}")
         if tile is not None and tile < 1:
             raise ValueError(f"tile must be at least 1 seat or None, got {tile}")
         self.network, self.seats, self.timeout_s = network, seats, timeout_s
+        parameter = next(iter(network.parameters()), None)
+        if dtype is not None and parameter is not None and dtype != parameter.dtype:
+            raise ValueError(f"dtype {dtype} does not fit a network in {parameter.dtype}: convert the network first")
         whole = network.init_state(seats, frame_shape, dtype=dtype, device=device)
         self.plan = network.plan()
         self.frame_shape = whole.frame_shape
@@ -163,6 +172,13 @@ class StreamBatch:
             self.leave(name)
         return gone
 
+    def _heard(self, seat: int) -> None:
+        """A frame came: the stream stays; after a silence longer than ``timeout_s`` it begins anew."""
+        now = self._clock()
+        if self.timeout_s is not None and now - self._last[seat] > self.timeout_s:
+            self._empty(seat)
+        self._last[seat] = now
+
     @torch.no_grad()
     def step(self, frames: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One frame of some of the streams; the others stall.
@@ -174,20 +190,24 @@ class StreamBatch:
             name -> output (C', ...) of the streams that speak in this step.
 
         Raises:
-            ValueError: an unknown stream, or a frame of another shape or dtype; the message names the stream.
+            ValueError: an unknown stream, or a frame that is no tensor or of another shape or dtype; the message names
+                the stream.
         """
+        if not isinstance(frames, Mapping):
+            raise ValueError(f"frames are given by stream, {{name: frame}}, got {type(frames).__name__}")
         seats, given = [], []
         for name, frame in frames.items():
             seats.append(self._seat(name))
+            if not isinstance(frame, Tensor):
+                raise ValueError(f"stream {name!r}: a frame is a tensor, got {type(frame).__name__}")
             if tuple(frame.shape) != self.frame_shape or frame.dtype != self._x.dtype:
                 raise ValueError(
                     f"stream {name!r}: frames are {self._x.dtype} {self.frame_shape}, "
                     f"got {frame.dtype} {tuple(frame.shape)}"
                 )
             given.append(frame.to(self._x.device, non_blocking=True))
-        now = self._clock()
         for seat in seats:
-            self._last[seat] = now
+            self._heard(seat)
         self.time_out()
         if not given:
             return {}
@@ -227,7 +247,8 @@ class StreamBatch:
         full = count == state.streams
         y, _, self._tiles[tile] = self.network.step(x, state, active=None if full else active, warm=warm)
         assert y is not None
-        return y
+        # A network that hands its input on (a delay of nothing) would answer with the buffer of the next frames.
+        return y.clone() if y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else y
 
     def _capture(self) -> None:
         """Record one step; warm-up runs have no active stream, so that no memory moves."""
@@ -251,11 +272,13 @@ class StreamBatch:
     def prime(self, name: str, frames: Tensor) -> Tensor | None:
         """Feed a stream several past frames (C, T, ...) in one call; gives its outputs (C', T') or None."""
         seat = self._seat(name)
+        if not isinstance(frames, Tensor):
+            raise ValueError(f"stream {name!r}: frames are a tensor (C, T, ...), got {type(frames).__name__}")
+        self._heard(seat)
         part = self._take(seat)
         y, valid, part = self.network.steps(frames.unsqueeze(0), part)
         self._put(seat, part)
         self._seen[seat] += frames.shape[1]
-        self._last[seat] = self._clock()
         return None if y is None or not bool(valid.any()) else y[0][:, valid[0]]
 
     def save(self, name: str, path: str | Path) -> None:
@@ -267,16 +290,19 @@ class StreamBatch:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: the state of another network, frame size or dtype; or no seat is free.
+            ValueError: the state of another network, frame size or dtype, or of streams in lock-step; or no seat is
+                free. Who is seated stays as it was.
         """
         part = states.load_state(path, self._tiles[0])
         if part.streams != 1:
             raise ValueError(f"{path} holds {part.streams} streams, expected one")
+        if part.lockstep:
+            raise ValueError(f"{path} holds a lock-step state; streams have clocks of their own (lockstep=False)")
         if name not in self._seat_of:
             self.join(name)
         seat = self._seat(name)
         self._put(seat, part)
-        self._seen[seat] = int(part.clock[0])
+        self._seen[seat], self._last[seat] = int(part.clock[0]), self._clock()
 
 
 def _rows(start: int, tile: int, seats: int) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.continual.container import Chain, Part
-from sparing.continual.convert import convert
+from sparing.continual.convert import check_plain, convert
 from sparing.continual.module import Continual
 from sparing.zoo import hosts
 from sparing.zoo.registry import create_model
@@ -95,6 +95,7 @@ class ContinualTwin(Chain, Twin, nn.Module):
         if isinstance(host, Continual):
             return []
         try:
+            check_plain(host)
             convert(_without_memory(host), pool_window=1, sequence_len=1, per_frame=True)
         except (ValueError, TypeError) as error:
             return [str(error)]
@@ -127,8 +128,8 @@ class ContinualTwin(Chain, Twin, nn.Module):
     def twin_config(self) -> dict[str, Any]:
         if self.host is None:
             raise ValueError(
-                "this network cannot be rebuilt from a description: save its state_dict, or build it by name with "
-                "ContinualTwin.named(NAME, ...) and load_state_dict before saving"
+                "this network cannot be rebuilt by name (it is no stock network, or was changed): save its "
+                "state_dict, or build a stock one with ContinualTwin.named(NAME, ...) and load_state_dict before saving"
             )
         return {"knobs": self.knobs, "host": self.host}
 
@@ -149,7 +150,9 @@ def _without_memory(module: nn.Module) -> nn.Module:
 
 
 def _described(host: nn.Module) -> dict[str, Any] | None:
-    """By which name of torchvision a live video network can be rebuilt, None when by none."""
+    """By which name of torchvision a live video network can be rebuilt, None when by none: every layer must be built
+    as the stock one is (strides, epsilons, ...), not only hold weights of its shape.
+    """
     if not type(host).__module__.startswith("torchvision.models.video"):
         return None
     have = {name: tuple(tensor.shape) for name, tensor in host.state_dict().items()}
@@ -157,7 +160,8 @@ def _described(host: nn.Module) -> dict[str, Any] | None:
     for name in _VIDEO_HOSTS:
         with torch.device("meta"):
             candidate = hosts.create_host(f"torchvision/{name}", num_classes=classes)
-        if {key: tuple(tensor.shape) for key, tensor in candidate.state_dict().items()} == have:
+        same_weights = {key: tuple(tensor.shape) for key, tensor in candidate.state_dict().items()} == have
+        if same_weights and repr(candidate) == repr(host):
             return {"architecture": f"torchvision/{name}", "arguments": {"num_classes": classes}}
     return None
 

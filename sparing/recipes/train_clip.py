@@ -58,12 +58,35 @@ class ClipSettings:
     cache_mb: int = field(default=2048, metadata={"help": "decoded files kept in memory, MB"})
 
 
+def check_settings(settings: ClipSettings) -> None:
+    """Raise ValueError for numbers that mean nothing."""
+    least = {"clip_frames": 0, "size": 0, "every": 1, "label_smoothing": 0, "max_shift": 0, "cache_mb": 0}
+    for name, lowest in least.items():
+        if not getattr(settings, name) >= lowest:
+            raise ValueError(f"--{name} must be at least {lowest}, got {getattr(settings, name)}")
+    if settings.label_smoothing > 1:
+        raise ValueError(f"--label_smoothing must be at most 1, got {settings.label_smoothing}")
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """``--options``: JSON of arguments by name. Raises ValueError for anything else."""
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f'--options must be JSON, like {{"num_layers": 2}}, got {text!r}: {error}') from error
+    if not isinstance(options, dict):
+        raise ValueError(f"--options must be a JSON object of arguments by name, got {text!r}")
+    return options
+
+
 def clip_format(model: Any, settings: ClipSettings) -> ClipFormat:
     """What ``model`` takes, by its ``pretrained_cfg`` and what ``settings`` say instead.
 
     Raises:
-        ValueError: the model says neither that it takes video nor that it takes samples, or a size is not known.
+        ValueError: the model says neither that it takes video nor that it takes samples, a size is not known, or a
+            setting is out of range.
     """
+    check_settings(settings)
     config = getattr(model, "pretrained_cfg", None) or {}
     kind = config.get("kind")
     frames = settings.clip_frames or config.get("clip_frames", 0)
@@ -256,7 +279,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = HfArgumentParser([Arguments, FitSettings, ClipSettings], description=__doc__)
     wanted, fit_settings, settings = parser.parse_args_into_dataclasses(arguments)
     try:
-        options = json.loads(wanted.options)
+        options = parse_options(wanted.options)
+        check_settings(settings)
         probe = build(wanted.model, 2, options=options, clip_frames=settings.clip_frames)
         if settings.size and "image_size" in probe.pretrained_cfg:
             options["image_size"] = settings.size

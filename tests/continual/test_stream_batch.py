@@ -67,6 +67,73 @@ def test_stalled_streams_time_out_and_free_their_seat():
     assert sorted(batch.time_out()) == ["live", "new"]
 
 
+def test_a_frame_after_a_long_silence_begins_a_stream_anew():
+    now, network = [0.0], plain_network()
+    batch = co.StreamBatch(network, seats=2, frame_shape=(3, 8, 8), timeout_s=5, clock=lambda: now[0])
+    batch.join("a")
+    torch.manual_seed(1)
+    frames = torch.randn(3, 12, 8, 8)
+    for _ in range(9):
+        batch.step({"a": torch.randn(3, 8, 8)})
+    now[0] = 1000.0
+    said = [y["a"] for y in (batch.step({"a": frame}) for frame in frames.unbind(1)) if y]
+    with torch.no_grad():
+        want = run_steps(network, frames[None])[0]
+        torch.testing.assert_close(torch.stack(said, 1), want[0])
+        now[0] = 2000.0
+        primed = batch.prime("a", frames)
+        torch.testing.assert_close(primed, want[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_restored_stream_has_just_been_heard_of(tmp_path):
+    now, network = [0.0], plain_network()
+    batch = co.StreamBatch(network, seats=2, frame_shape=(3, 8, 8), timeout_s=5, clock=lambda: now[0])
+    batch.join("a")
+    batch.step({"a": torch.randn(3, 8, 8)})
+    batch.save("a", tmp_path / "a")
+    now[0] = 100.0
+    batch.restore("a", tmp_path / "a")
+    batch.join("b")
+    batch.step({"b": torch.randn(3, 8, 8)})
+    assert batch.streams == ["a", "b"]
+
+
+@pytest.mark.parametrize("tile", [1, 2])
+def test_a_restore_that_fails_seats_nobody(tmp_path, tile):
+    network = plain_network()
+    batch = co.StreamBatch(network, seats=2, frame_shape=(3, 8, 8), tile=tile)
+    co.save_state(network.init_state(1, (3, 8, 8), lockstep=True), tmp_path / "lockstep")
+    co.save_state(network.init_state(2, (3, 8, 8)), tmp_path / "two")
+    (tmp_path / "empty").write_bytes(b"")
+    for name, words in (
+        ("lockstep", "lock-step state"),
+        ("two", "2 streams"),
+        ("empty", "no saved"),
+        ("no", "no saved"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            batch.restore("a", tmp_path / name)
+        assert batch.streams == []
+
+
+def test_what_is_no_frame_is_refused_by_stream():
+    network = plain_network()
+    batch = co.StreamBatch(network, seats=1, frame_shape=(3, 8, 8))
+    batch.join("a")
+    with pytest.raises(ValueError, match=r"stream 'a': a frame is a tensor, got list"):
+        batch.step({"a": [1]})
+    with pytest.raises(ValueError, match=r"stream 'a': frames are a tensor .*got list"):
+        batch.prime("a", [1])
+    with pytest.raises(ValueError, match=r"by stream.*got Tensor"):
+        batch.step(torch.randn(3, 8, 8))
+    with pytest.raises(ValueError, match=r"torch\.bfloat16 does not fit a network in torch\.float32"):
+        co.StreamBatch(network, seats=1, frame_shape=(3, 8, 8), dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=r"Linear does not run on streams: sparing\.continual\.convert"):
+        co.StreamBatch(torch.nn.Linear(2, 2), seats=1, frame_shape=(2,))
+    with pytest.raises(TypeError, match=r"expected a clip network, an nn\.Module, got NoneType"):
+        co.convert(None)
+
+
 def test_streams_are_primed_saved_and_restored(tmp_path):
     network = strided_network()
     torch.manual_seed(1)

@@ -107,6 +107,53 @@ def test_in_place_steps_keep_their_tensors(build):
     torch.testing.assert_close(torch.stack(said, 2), want, atol=1e-6, rtol=1e-6)
 
 
+def buffer_networks():
+    """Networks whose memories could be views of the frame that they were given: delays of one and more frames,
+    convolutions and pools of two frames, and parts that hand their input on."""
+    torch.manual_seed(0)
+    return {
+        "residual": co.Residual(co.Conv1d(2, 2, 3, padding=1)),
+        "wide residual": co.Residual(co.Conv1d(2, 2, 5, padding=2)),
+        "branches": co.BroadcastReduce(
+            co.Conv1d(2, 2, 3, padding=1), co.Sequential(nn.Dropout(0.5)), reduce="concat", align="input"
+        ),
+        "delay": co.Sequential(co.Delay(1)),
+        "delays": co.Sequential(co.Delay(1), nn.Identity(), co.Delay(1)),
+        "identity": co.Sequential(nn.Identity()),
+        "conv": co.Sequential(co.Conv1d(2, 2, 2), co.Conv1d(2, 3, 1)),
+        "replicate": co.Sequential(co.Conv1d(2, 2, 2, temporal_fill="replicate")),
+        "pools": co.Sequential(co.MaxPool1d(2, 1), co.AvgPool1d(2, 1), co.MaxPool1d(1, 1)),
+        "strided": co.Sequential(co.Delay(1), co.Conv1d(2, 2, 3, stride=2, padding=1), co.Delay(1)),
+        "attention": co.Sequential(co.SingleOutputAttention(2, 1, sequence_len=1)),
+        "encoder": co.TransformerEncoder(2, 1, dim_feedforward=4, num_layers=2, sequence_len=2),
+        "recurrent": co.Sequential(co.GRU(2, 2), co.Delay(1)),
+    }
+
+
+@pytest.mark.parametrize("how", ["step", "lock-step", "in place", "batch", "batch of tiles"])
+@pytest.mark.parametrize("name", list(buffer_networks()))
+def test_frames_may_come_in_one_buffer(name, how):
+    network = buffer_networks()[name].eval()
+    x = torch.randn(2, 2, 17)
+    want, buffer, said = run_steps(network, x)[0], torch.empty(2, 2), []
+    with torch.no_grad():
+        if how.startswith("batch"):
+            batch = co.StreamBatch(network, seats=2, frame_shape=(2,), tile=1 if "tiles" in how else 2)
+            batch.join("a")
+            batch.join("b")
+            for frame in x.unbind(2):
+                buffer.copy_(frame)
+                spoken = batch.step({"a": buffer[0], "b": buffer[1]})
+                said += [torch.stack([spoken["a"], spoken["b"]])] if spoken else []
+        else:
+            state = network.init_state(2, (2,), lockstep=how == "lock-step" or name == "recurrent")
+            for frame in x.unbind(2):
+                y, valid, state = network.step(buffer.copy_(frame), state, inplace=how == "in place")
+                said += [y if name != "identity" else y.clone()] if bool(torch.as_tensor(valid).all()) else []
+                buffer.fill_(float("nan"))
+    torch.testing.assert_close(torch.stack(said, 2), want, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("build", [plain_network, strided_network])
 def test_functional_steps_leave_the_given_state_untouched(build):
     network = build()
@@ -172,6 +219,28 @@ def test_the_state_of_another_network_is_refused(tmp_path):
         co.scatter(two.init_state(2, (3, 8, 8)), [0], state)
     with pytest.raises(FileNotFoundError, match="no saved stream"):
         co.load_state(tmp_path / "none.safetensors", state)
+
+
+def test_files_that_are_no_saved_stream_are_refused_by_name(tmp_path):
+    from safetensors.torch import save_file
+
+    network = co.Sequential(co.Conv1d(2, 2, 3), co.Conv1d(2, 2, 3))
+    state = network.init_state(1, (2,))
+    co.save_state(state, tmp_path / "whole")
+    whole = (tmp_path / "whole").read_bytes()
+    for name, data in (("truncated", whole[:-9]), ("head", whole[:5]), ("empty", b""), ("garbage", b"hello" * 99)):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=rf"{name} is no saved stream, or a truncated one"):
+            co.load_state(tmp_path / name, state)
+    save_file({"x": torch.zeros(1)}, tmp_path / "weights")
+    with pytest.raises(ValueError, match="weights is no saved stream: it holds other tensors"):
+        co.load_state(tmp_path / "weights", state)
+    with pytest.raises(ValueError, match="is a folder"):
+        co.load_state(tmp_path, state)
+    with pytest.raises(ValueError, match="is a folder"):
+        co.save_state(state, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no folder .*absent to save"):
+        co.save_state(state, tmp_path / "absent" / "file")
 
 
 def test_bad_frames_are_refused_with_expected_and_received():

@@ -97,6 +97,15 @@ def test_files_that_cannot_be_used_are_left_out_with_their_reason(tones, tmp_pat
         ({"--model": "co_spotter_mikro"}, "co_spotter_micro"),
         ({"--model": "co_st_gcn", "--options": "{}"}, "neither video nor samples"),
         ({"--model": "torchvision/r3d_18", "--options": "{}"}, "--clip_frames"),
+        ({"--options": "[1]"}, "--options must be a JSON object of arguments by name, got '[1]'"),
+        ({"--options": "num_layers=2"}, "--options must be JSON"),
+        ({"--clip_frames": "-3"}, "--clip_frames must be at least 0, got -3"),
+        (
+            {"--model": "torchvision/r3d_18", "--options": "{}", "--clip_frames": "-3"},
+            "--clip_frames must be at least 0",
+        ),
+        ({"--every": "0"}, "--every must be at least 1, got 0"),
+        ({"--label_smoothing": "1.5"}, "--label_smoothing must be at most 1"),
     ],
 )
 def test_wrong_words_give_one_line_and_exit_code_2(tones, tmp_path, capsys, change, words):
