@@ -358,6 +358,7 @@ class FlexDiTTransformer2DModel(FlexDiTTwin, ModelMixin, AttentionMixin, CacheMi
         check_finite: bool = False,
     ) -> Self:
         """A FlexDiT with the weights of a DiT: block i from block i, W1 = 0, W2 = identity; the host is left untouched.
+        The twin of a live host is in its mode (training or eval), every other one in eval mode.
 
         Args:
             host: a live ``DiTTransformer2DModel``; a state dict in original, diffusers' or the reference FlexDiT's
@@ -384,7 +385,9 @@ class FlexDiTTransformer2DModel(FlexDiTTwin, ModelMixin, AttentionMixin, CacheMi
                 raise error(f"FlexDiT cannot be made from this host: {'; '.join(reasons)}")
             own, shape = keys.from_diffusers(host.state_dict()), _live_shape(host, timing)
             layout: dict[str, Any] = {}
+            training = host.training
         else:
+            training = False
             state = keys.unwrap_checkpoint(host)
             own, layout = _own_names(state)
             shape = keys.infer_shape(
@@ -403,14 +406,20 @@ class FlexDiTTransformer2DModel(FlexDiTTwin, ModelMixin, AttentionMixin, CacheMi
         split = _complete_split(given, layout, shape)
         if not layout:
             return twin_of_dense(
-                cls, own, shape=shape, layout=split, density_table=density_table, check_finite=check_finite
+                cls,
+                own,
+                shape=shape,
+                layout=split,
+                density_table=density_table,
+                check_finite=check_finite,
+                training=training,
             )
         if check_finite:
             keys.check_finite(own)
         with init_empty_weights(include_buffers=False):
             model = cls(**shape, **split, density_table=density_table, status="trained")
         fill_exactly(model, own)
-        return model
+        return model.eval()
 
     from_dit = from_host
 

@@ -300,6 +300,7 @@ class FlexDiTPixArtTransformer2DModel(
             layout=layout,
             density_table=density_table,
             check_finite=check_finite,
+            training=host.training,
         )
 
     @classmethod

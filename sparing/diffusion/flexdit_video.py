@@ -331,6 +331,7 @@ class FlexDiTVideoTransformer3DModel(
             layout=layout,
             density_table=density_table,
             check_finite=check_finite,
+            training=host.training,
         )
 
 

@@ -97,8 +97,11 @@ def twin_of_dense(
     layout: Mapping[str, Any],
     density_table: Any,
     check_finite: bool,
+    training: bool = False,
 ) -> Any:
     """A FlexDiT of class ``cls`` initialised from dense weights in own names (section 5.2), built without spare memory.
+
+    It is in the mode ``training``: that of a live host, eval for weights from a file.
 
     Raises:
         ValueError: a layout of another depth, NaN when ``check_finite``, missing or extra weights.
@@ -109,7 +112,7 @@ def twin_of_dense(
     with init_empty_weights(include_buffers=False):
         model = cls(**shape, **layout, density_table=density_table)
     fill_exactly(model, keys.flexdit_from_plain(plain, list(kinds)))
-    return model
+    return model.train(training)
 
 
 def latent_grid(latents: Tensor, *, in_channels: int, patch_size: int) -> tuple[int, int]:

@@ -6,14 +6,14 @@ the step's density, guidance, one scheduler step. Stock ``DiTPipeline`` works wi
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from diffusers import DiTPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparing.diffusion.density import Density
 from sparing.diffusion.density_control import DensityControlled
@@ -37,8 +37,20 @@ def guided(output: Tensor, scale: float, *, guided_channels: int) -> Tensor:
     return torch.cat([torch.cat([mixed, mixed]), output[:, guided_channels:]], dim=1)
 
 
+@contextlib.contextmanager
+def _sampling(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, without label dropout, and then back in the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class FlexDiTPipeline(DiTPipeline):
-    """Class-conditional sampling.
+    """Class-conditional sampling. The transformer samples in eval mode, whatever mode it is in; the call restores that.
 
     Args:
         transformer: a ``FlexDiTTransformer2DModel``, or a dense ``DiTTransformer2DModel`` for comparison.
@@ -137,7 +149,7 @@ class FlexDiTPipeline(DiTPipeline):
         densities = self._densities(timesteps, density, grid=tuple(side // config.patch_size for side in shape[2:]))
         keeps_variance = getattr(self.scheduler.config, "variance_type", None) in ("learned", "learned_range")
 
-        with self.progress_bar(total=len(timesteps)) as progress:
+        with _sampling(self.transformer), self.progress_bar(total=len(timesteps)) as progress:
             for i, t in enumerate(timesteps):
                 if self._interrupt:
                     continue

@@ -424,3 +424,13 @@ def test_a_diffusers_folder_is_a_host(host, tmp_path):
 def test_the_host_class_of_diffusers_is_still_what_we_convert():
     assert issubclass(DiTTransformer2DModel, nn.Module)
     assert {"num_layers", "norm_eps"} <= set(build_host().config)
+
+
+def test_a_twin_is_in_its_hosts_mode_and_in_eval_mode_from_weights_alone(host, tmp_path):
+    host.save_pretrained(tmp_path)
+    shape = {"num_attention_heads": 4, "sample_size": 16}
+    assert not FlexDiTTransformer2DModel.from_host(host, **LAYOUT).training
+    assert not sparing.twin(host, "flexdit", **LAYOUT).training
+    assert not FlexDiTTransformer2DModel.from_host(tmp_path, **LAYOUT).training
+    assert not FlexDiTTransformer2DModel.from_host(host.state_dict(), **shape, **LAYOUT).training
+    assert FlexDiTTransformer2DModel.from_host(host.train(), **LAYOUT).training

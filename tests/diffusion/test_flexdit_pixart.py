@@ -271,3 +271,8 @@ def test_other_checkpoints_are_refused_by_name(tmp_path):
     bad = {**state, "blocks.1.mlp.fc1.bias": state["blocks.1.mlp.fc1.bias"] * float("nan")}
     with pytest.raises(ValueError, match="NaN or infinity"):
         convert(bad, check_finite=True)
+
+
+def test_a_twin_is_in_its_hosts_mode():
+    assert not FlexDiTPixArtTransformer2DModel.from_host(_host(), **LAYOUT).training
+    assert FlexDiTPixArtTransformer2DModel.from_host(_host().train(), **LAYOUT).training

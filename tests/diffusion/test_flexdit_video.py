@@ -209,3 +209,8 @@ def test_latte_pipeline_runs_it_unmodified():
         generator=torch.Generator().manual_seed(0),
     ).frames
     assert frames.shape == (1, 4, 3, 8, 8)
+
+
+def test_a_twin_is_in_its_hosts_mode():
+    assert not FlexDiTVideoTransformer3DModel.from_host(_host(), **LAYOUT).training
+    assert FlexDiTVideoTransformer3DModel.from_host(_host().train(), **LAYOUT).training

@@ -293,3 +293,15 @@ def test_a_step_sequence_reads_no_timestep_from_the_model(monkeypatch):
     assert looked_up == [3]  # once, for the whole schedule
     pipeline.transformer(*batch)
     assert looked_up == [3, 2]
+
+
+def test_sampling_drops_no_label_and_gives_the_mode_of_every_module_back():
+    model = build_flexdit(class_dropout_prob=0.9)
+    wanted = _pipeline(model)([1, 2], num_inference_steps=2, generator=_seeded(), output_type="latent").images
+    model.train()
+    model.transformer_blocks[0].eval()
+    images = _pipeline(model)([1, 2], num_inference_steps=2, generator=_seeded(), output_type="latent").images
+    assert torch.equal(images, wanted)
+    assert model.training
+    assert model.time_class_embed.class_embedder.training
+    assert not model.transformer_blocks[0].training
