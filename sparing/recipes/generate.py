@@ -39,6 +39,8 @@ def open_pipeline(model: str | Path | nn.Module | FlexDiTPipeline, *, vae: str |
         return model
     if isinstance(model, (str, Path)) and (Path(model) / "model_index.json").exists():
         stored = open_stored(model)
+        if isinstance(stored, FlexDiTPipeline):
+            return stored
         if "transformer" not in stored.components or "text_encoder" in stored.components:
             raise ValueError(
                 f"{str(model)!r} is a {type(stored).__name__}; generate takes class-conditional transformers"
@@ -60,18 +62,43 @@ def open_pipeline(model: str | Path | nn.Module | FlexDiTPipeline, *, vae: str |
 
 
 def open_stored(pipeline: str | Path) -> Any:
-    """Any diffusers pipeline, from a folder or the hub.
+    """A FlexDiTPipeline or any pipeline of diffusers, from a folder or the hub.
 
     Raises:
         FileNotFoundError: no such folder, and no hub id.
         OSError: the folder or repository holds no pipeline.
+        ValueError: a pipeline of a class that is neither ours nor of diffusers, or one whose files cannot be read.
     """
     from diffusers import DiffusionPipeline
 
     name = str(pipeline)
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"no such folder: {name!r}, nor is it a hub id OWNER/REPO")
-    return DiffusionPipeline.from_pretrained(name)
+    index = Path(name) / "model_index.json"
+    opener = _pipeline_class(index) if index.exists() else DiffusionPipeline
+    try:
+        return opener.from_pretrained(name)
+    except (ValueError, TypeError, OSError, ImportError):
+        raise
+    except Exception as error:  # whatever damaged files make the readers of the components raise
+        raise ValueError(f"pipeline {name!r} cannot be loaded ({type(error).__name__}): {error}") from error
+
+
+def _pipeline_class(index: Path) -> Any:
+    """The class that a ``model_index.json`` names, ours or one of diffusers."""
+    import diffusers
+
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{index} is not JSON: {error}") from error
+    wanted = content.get("_class_name") if isinstance(content, dict) else None
+    if wanted == FlexDiTPipeline.__name__:
+        return FlexDiTPipeline
+    found = getattr(diffusers, wanted, None) if isinstance(wanted, str) else None
+    if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
+        raise ValueError(f"{index} names the class {wanted!r}, which is no pipeline of diffusers or of this library")
+    return found
 
 
 def open_transformer(model: str | Path) -> Any:

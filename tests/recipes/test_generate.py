@@ -10,6 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sparing.cli.app import app
+from sparing.diffusion import FlexDiTPipeline, FlexDiTTransformer2DModel, RespacedScheduler
 from sparing.recipes import generate as recipe
 from sparing.recipes.generate import generate
 
@@ -77,3 +78,32 @@ def test_the_commands_write_a_sheet_and_give_one_line_for_a_mistake(folder, tmp_
         result = runner.invoke(app, [*arguments, "--out", str(out), *change])
         assert result.exit_code == 2
         assert message in result.output
+
+
+def test_a_saved_pipeline_of_ours_is_opened_as_it_is_and_an_unknown_class_refused(folder, tmp_path):
+    model = FlexDiTTransformer2DModel.from_pretrained(folder)
+    FlexDiTPipeline(model, RespacedScheduler(sampler="ddpm")).save_pretrained(tmp_path / "pipeline")
+    opened = recipe.open_pipeline(tmp_path / "pipeline")
+    assert (type(opened), opened.scheduler.config.sampler) == (FlexDiTPipeline, "ddpm")
+    arguments = ["generate", "--model", str(tmp_path / "pipeline"), "--class", "1", "--steps", "2"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "x.png")])
+    assert result.exit_code == 0, result.output
+    index = tmp_path / "pipeline" / "model_index.json"
+    for content, message in (
+        ('{"_class_name": "OtherPipeline"}', "names the class 'OtherPipeline', which is no pipeline"),
+        ('{"_class_name": "AutoencoderKL"}', "names the class 'AutoencoderKL', which is no pipeline"),
+        ("{}", "names the class None"),
+        ("{", "is not JSON"),
+    ):
+        index.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            recipe.open_stored(tmp_path / "pipeline")
+
+
+def test_damaged_weights_of_a_pipeline_are_named_in_one_error(folder, tmp_path):
+    model = FlexDiTTransformer2DModel.from_pretrained(folder)
+    FlexDiTPipeline(model, RespacedScheduler()).save_pretrained(tmp_path / "pipeline")
+    weights = tmp_path / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises((ValueError, OSError), match="pipeline"):
+        recipe.open_stored(tmp_path / "pipeline")
