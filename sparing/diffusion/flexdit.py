@@ -448,8 +448,39 @@ def _read_host(path: str | Path) -> Mapping[str, Any] | DiTTransformer2DModel:
         raise ValueError(f"folder {folder} holds neither a model's config.json nor a pipeline's transformer/")
     if not folder.is_dir() and str(path).count("/") != 1:
         raise FileNotFoundError(f"{path} is neither a file, a diffusers folder nor a hub id 'owner/name'")
-    subfolder = None if (folder / "config.json").exists() else "transformer"
-    return DiTTransformer2DModel.from_pretrained(str(path), subfolder=subfolder)
+    return _read_diffusers(str(path), subfolder=None if (folder / "config.json").exists() else "transformer")
+
+
+def _read_diffusers(path: str, *, subfolder: str | None) -> DiTTransformer2DModel:
+    """The host that a folder or hub repository holds, complete.
+
+    Raises:
+        ValueError: a model of another class, or weights that lack a parameter, have one too many or cannot be read.
+    """
+    config = DiTTransformer2DModel.load_config(path, subfolder=subfolder)
+    named = config.get("_class_name")
+    if named == FlexDiTTransformer2DModel.__name__:
+        raise ValueError(f"{path} holds a FlexDiT already: use FlexDiTTransformer2DModel.from_pretrained(folder)")
+    # what the published DiT folders were written as, before the class was split
+    legacy = named == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"
+    if named != DiTTransformer2DModel.__name__ and not legacy:
+        raise ValueError(f"{path} holds a model of class {named!r}; a DiTTransformer2DModel is needed")
+    try:
+        host, info = DiTTransformer2DModel.from_pretrained(path, subfolder=subfolder, output_loading_info=True)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # whatever damaged or misshapen weights make the reader raise
+        raise ValueError(f"weights of {path} cannot be read ({type(error).__name__}): {error}") from error
+    missing = sorted({*info["missing_keys"], *(name for name, value in host.state_dict().items() if value.is_meta)})
+    extra = sorted(set(info["unexpected_keys"]) - {"pos_embed.pos_embed"})  # a fixed table, in older files
+    if missing or extra:
+        parts = [
+            f"{len(names)} {what}, first {names[0]!r}"
+            for what, names in (("missing", missing), ("unexpected", extra))
+            if names
+        ]
+        raise ValueError(f"weights of {path} do not fit its config: {'; '.join(parts)}")
+    return host
 
 
 def _live_shape(host: DiTTransformer2DModel, timing: str) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """The class-conditional FlexDiT: its blocks, densities, costs and errors (specification, section 9)."""
 
+import json
+
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from diffusion.conftest import LAYOUT, build_flexdit, build_host, inputs
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
@@ -434,3 +437,46 @@ def test_a_twin_is_in_its_hosts_mode_and_in_eval_mode_from_weights_alone(host, t
     assert not FlexDiTTransformer2DModel.from_host(tmp_path, **LAYOUT).training
     assert not FlexDiTTransformer2DModel.from_host(host.state_dict(), **shape, **LAYOUT).training
     assert FlexDiTTransformer2DModel.from_host(host.train(), **LAYOUT).training
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("missing", "proj_out_1.weight", r"1 missing, first 'proj_out_1\.weight'"),
+        ("missing", "transformer_blocks.3.attn1.to_v.weight", r"1 missing, first 'transformer_blocks\.3\.attn1"),
+        ("unexpected", "foo", "1 unexpected, first 'foo'"),
+    ],
+)
+def test_a_diffusers_folder_without_exactly_its_weights_is_refused_by_name(host, tmp_path, name, change, message):
+    host.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    if name == "missing":
+        del state[change]
+    else:
+        state[change] = torch.zeros(3)
+    save_file(state, file)
+    with pytest.raises(ValueError, match=message):
+        FlexDiTTransformer2DModel.from_host(tmp_path, **LAYOUT)
+
+
+def test_a_folder_of_another_class_is_refused_and_a_legacy_one_is_read(host, tmp_path):
+    host.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for changed, message in (
+        ({**config, "_class_name": "PixArtTransformer2DModel"}, "class 'PixArtTransformer2DModel'; a DiTTransformer2D"),
+        ({**config, "_class_name": "FlexDiTTransformer2DModel"}, "holds a FlexDiT already"),
+        ({}, "class None"),
+    ):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=message):
+            FlexDiTTransformer2DModel.from_host(tmp_path, **LAYOUT)
+    path.write_text(json.dumps({**config, "_class_name": "Transformer2DModel", "norm_type": "ada_norm_zero"}))
+    state = FlexDiTTransformer2DModel.from_host(tmp_path, **LAYOUT).state_dict()
+    live = FlexDiTTransformer2DModel.from_host(host, **LAYOUT).state_dict()
+    assert all(torch.equal(live[name], tensor) for name, tensor in state.items())
+    path.write_text(json.dumps(config))
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"junk")
+    with pytest.raises((ValueError, OSError), match="diffusion_pytorch_model|cannot be read"):
+        FlexDiTTransformer2DModel.from_host(tmp_path, **LAYOUT)
