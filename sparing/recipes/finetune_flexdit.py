@@ -32,6 +32,7 @@ from torch import Tensor, nn
 import sparing
 from sparing.diffusion.density import PUBLISHED_RATES, DensityTable, DensityTimestepSampler
 from sparing.diffusion.flexdit import FlexDiTTransformer2DModel
+from sparing.diffusion.flexdit_keys import check_finite
 from sparing.diffusion.losses import DiffusionProcess, training_losses
 from sparing.recipes.train_vision import write_json
 from sparing.training import (
@@ -48,6 +49,8 @@ from sparing.training import (
     shift_and_flip,
     train_transform,
 )
+from sparing.training.batches import fingerprint
+from sparing.training.loop import differences, run_identity
 
 __all__ = ["FlexDiTSettings", "LatentBatches", "default_fit_settings", "finetune", "training_batches"]
 
@@ -84,6 +87,7 @@ class LatentBatches:
     def __init__(self, latents: Tensor, labels: Tensor) -> None:
         self.latents, self.labels = latents, labels.long()
         self.num_classes = int(labels.max()) + 1
+        self.fingerprint = fingerprint(latents, self.labels)
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -139,7 +143,7 @@ def _latents(path: Path, *, expected: tuple[int, int, int], classes: int) -> Lat
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    if set(tensors) < {"latents", "labels"}:
+    if not {"latents", "labels"} <= set(tensors):
         raise ValueError(f"{path} holds {sorted(tensors)}; 'latents' and 'labels' are needed")
     latents, labels = tensors["latents"], tensors["labels"]
     if latents.ndim != 4 or tuple(latents.shape[1:]) != expected or labels.shape != latents.shape[:1]:
@@ -147,13 +151,22 @@ def _latents(path: Path, *, expected: tuple[int, int, int], classes: int) -> Lat
             f"{path}: latents {tuple(latents.shape)} and labels {tuple(labels.shape)}; the model takes (count, "
             f"{', '.join(map(str, expected))}) and (count,)"
         )
-    _check_labels(str(path), int(labels.max()), classes)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"{path}: labels are {labels.dtype}; integers are needed")
+    if not len(latents):
+        raise ValueError(f"{path} holds no latents")
+    _check_labels(str(path), int(labels.max()), classes, smallest=int(labels.min()))
+    for start in range(0, len(latents), 1024):  # in parts: the file may fill most of the memory
+        finite = torch.isfinite(latents[start : start + 1024]).flatten(1).all(1)
+        if not bool(finite.all()):
+            raise ValueError(f"{path}: latents of sample {start + int(finite.int().argmin())} hold NaN or infinity")
     return LatentBatches(latents, labels)
 
 
-def _check_labels(data: str, largest: int, classes: int) -> None:
-    if largest >= classes:
-        raise ValueError(f"{data} has class {largest}, the model has classes 0..{classes - 1}")
+def _check_labels(data: str, largest: int, classes: int, *, smallest: int = 0) -> None:
+    if largest >= classes or smallest < 0:
+        wrong = largest if largest >= classes else smallest
+        raise ValueError(f"{data} has class {wrong}, the model has classes 0..{classes - 1}")
 
 
 def finetune(
@@ -180,14 +193,15 @@ def finetune(
         on_step: called with the number of optimizer steps done.
 
     Returns:
-        What metrics.json holds.
+        What metrics.json holds. Where ``out`` holds the result of this very run, nothing is trained.
 
     Raises:
-        ValueError: data or settings that do not go with the model.
+        ValueError: data or settings that do not go with the model, or a folder with the result of another run.
     """
     fit_settings, settings, out = fit_settings or default_fit_settings(), settings or FlexDiTSettings(), Path(out)
     if settings.teacher_weight and teacher is None:
         raise ValueError(f"teacher_weight {settings.teacher_weight} needs a teacher (the dense host)")
+    fit_settings.check()
     started = time.perf_counter()
     accelerator = Accelerator()
     if isinstance(data, str):
@@ -200,13 +214,18 @@ def finetune(
             frozen.requires_grad_(False).eval().to(accelerator.device)
     losses = _Losses(model, samples, fit_settings, settings, accelerator=accelerator, teacher=teacher, vae=vae)
     losses.step = _steps_done(out / "checkpoint.pt")
+    identity = _identity(model, samples, settings)
+    if (finished := _finished(out, {"fit": asdict(fit_settings), "identity": identity})) is not None:
+        if accelerator.is_main_process:
+            print(f"{out} holds the result of this very run: nothing was trained", file=sys.stderr)
+        return finished
 
     def after(step: int) -> None:
         losses.step = step
         if on_step is not None:
             on_step(step)
 
-    best, history = fit(model, losses, samples, settings=fit_settings, out=out, on_step=after)
+    best, history = fit(model, losses, samples, settings=fit_settings, out=out, on_step=after, identity=identity)
     best.eval()
     if best.has_sparse_layers:  # type: ignore[truthy-function]
         best.status = "trained"
@@ -215,6 +234,7 @@ def finetune(
         "knobs": best.knobs,
         "fit": asdict(fit_settings),
         "flexdit": asdict(settings),
+        "identity": identity,
         "samples": len(samples),
         "versions": {"sparing": sparing.__version__, "torch": torch.__version__},
         "device": str(accelerator.device),
@@ -228,7 +248,32 @@ def finetune(
 
 
 def _steps_done(checkpoint: Path) -> int:
-    return int(load_checkpoint(checkpoint)["step"]) if checkpoint.exists() else 0
+    return int(load_checkpoint(checkpoint).get("step", 0)) if checkpoint.exists() else 0
+
+
+def _identity(model: FlexDiTTransformer2DModel, samples: BatchSource, settings: FlexDiTSettings) -> dict[str, Any]:
+    """What a run must have in common with its checkpoint, besides the settings of the loop, as JSON."""
+    shape = {name: value for name, value in model.config.items() if not name.startswith("_") and name != "status"}
+    return json.loads(json.dumps({**shape, **run_identity(samples, settings)}))
+
+
+def _finished(out: Path, run: dict[str, Any]) -> dict[str, Any] | None:
+    """The metrics of the same run, where ``out`` holds its result; None where it holds none.
+
+    Raises:
+        ValueError: ``out`` holds the result of another run, or something else in the place of its metrics.
+    """
+    path = out / "metrics.json"
+    if not path.exists() or (out / "checkpoint.pt").exists():
+        return None
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        before = {**metrics["fit"], **metrics["identity"]}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not of this recipe; use another folder") from None
+    if changed := differences(before, {**run["fit"], **run["identity"]}):
+        raise ValueError(f"{out} holds the result of another run ({'; '.join(changed)}); use another folder")
+    return metrics
 
 
 class _Losses:
@@ -351,6 +396,7 @@ def _open(wanted: Any) -> FlexDiTTransformer2DModel:
     table: Any = json.loads(wanted.density_table) if wanted.density_table.startswith("[") else wanted.density_table
     if config.exists() and json.loads(config.read_text())["_class_name"] == FlexDiTTransformer2DModel.__name__:
         model = FlexDiTTransformer2DModel.from_pretrained(wanted.host)
+        check_finite(model.state_dict())
         if table:
             model.set_density(table)
         return model
@@ -365,7 +411,9 @@ def _open(wanted: Any) -> FlexDiTTransformer2DModel:
             "sdtm_group": numbers[2:6],
             "num_dense_top": numbers[6],
         }
-    return FlexDiTTransformer2DModel.from_host(wanted.host, density_table=table or None, timing=wanted.timing, **layout)
+    return FlexDiTTransformer2DModel.from_host(
+        wanted.host, density_table=table or None, timing=wanted.timing, check_finite=True, **layout
+    )
 
 
 if __name__ == "__main__":

@@ -478,5 +478,5 @@ def test_a_folder_of_another_class_is_refused_and_a_legacy_one_is_read(host, tmp
     assert all(torch.equal(live[name], tensor) for name, tensor in state.items())
     path.write_text(json.dumps(config))
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"junk")
-    with pytest.raises((ValueError, OSError), match="diffusion_pytorch_model|cannot be read"):
+    with pytest.raises((ValueError, OSError), match=r"diffusion_pytorch_model|cannot be read"):
         FlexDiTTransformer2DModel.from_host(tmp_path, **LAYOUT)
