@@ -39,7 +39,9 @@ def guided(output: Tensor, scale: float, *, guided_channels: int) -> Tensor:
 
 @contextlib.contextmanager
 def _sampling(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, without label dropout, and then back in the mode that it had."""
+    """The model in eval mode, without label dropout; then back in the mode that it had, its step caches empty, also
+    after an error: what they hold of an unfinished run would go into the next one.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -47,6 +49,9 @@ def _sampling(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+        reset = getattr(model, "_reset_stateful_cache", None)
+        if reset is not None:
+            reset()
 
 
 class FlexDiTPipeline(DiTPipeline):

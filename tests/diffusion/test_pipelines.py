@@ -13,6 +13,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
 )
+from diffusers.hooks import FirstBlockCacheConfig
 from diffusion.conftest import build_flexdit, build_host, inputs, randomise
 
 from sparing.diffusion import FlexDiTPipeline, RespacedScheduler, guided
@@ -305,3 +306,23 @@ def test_sampling_drops_no_label_and_gives_the_mode_of_every_module_back():
     assert model.training
     assert model.time_class_embed.class_embedder.training
     assert not model.transformer_blocks[0].training
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_run_that_broke_off_leaves_nothing_in_the_first_block_cache(error):
+    model = build_flexdit()
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+    pipeline = _pipeline(model)
+    arguments = {"num_inference_steps": 6, "output_type": "latent"}
+
+    def stop(pipe, step, timestep, tensors):
+        if step == 2:
+            raise error
+
+    wanted = pipeline([1, 2], generator=_seeded(), **arguments).images
+    with pytest.raises(error):
+        pipeline([1, 2], generator=_seeded(), callback_on_step_end=stop, **arguments)
+    assert torch.equal(pipeline([1, 2], generator=_seeded(), **arguments).images, wanted)
+    with pytest.raises(error):
+        pipeline([1, 2], generator=_seeded(), callback_on_step_end=stop, **arguments)
+    assert pipeline([1], generator=_seeded(), **arguments).images.shape == (1, 4, 16, 16)
