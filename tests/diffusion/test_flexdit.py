@@ -343,7 +343,10 @@ def test_one_forward_compiles_as_one_graph_and_once_a_side():
             batch = latents, t.expand(2), labels
             want = model(*batch, density=side).sample
             torch.testing.assert_close(compiled(*batch, density=side).sample, want, atol=2e-5, rtol=2e-5)
-    assert len(graphs) == len(model.density_table.distinct_sides) == 2
+        assert len(graphs) == len(model.density_table.distinct_sides) == 2
+        for density in ([3, 4], "3x5", 0.25):  # however it is written
+            want = model(*batch, density=density).sample
+            torch.testing.assert_close(compiled(*batch, density=density).sample, want, atol=2e-5, rtol=2e-5)
 
 
 # -- hosts
