@@ -60,8 +60,16 @@ class DensityControlled:
             ValueError: when it is above the dense grid, below 1, unsorted or unknown.
         """
         table = DensityTable.of(density, grid=self.base_grid, num_train_timesteps=self.config.num_train_timesteps)
-        self.register_to_config(density_table=table.to_list())
+        self._store(density_table=table.to_list())
         self._table = table
+
+    def _store(self, **values: Any) -> None:
+        """Writes into the config, so that a saved model and ``from_config(model.config)`` have it.
+
+        diffusers leaves out of a config given to ``from_config`` what its own list calls defaults, whatever it is now.
+        """
+        defaults = [name for name in self.config.get("_use_default_values", ()) if name not in values]
+        self.register_to_config(**values, _use_default_values=defaults)
 
     def set_timestep_density(self, timestep: float | None) -> None:
         """Fixes the density of coming calls to that of ``timestep`` (a host number); None follows the timesteps

@@ -51,7 +51,7 @@ class FlexDiTTwin(DensityControlled):
                 config.density_table, grid=self.base_grid, num_train_timesteps=config.num_train_timesteps
             )
         untrained = "converted, not trained" if self.has_sparse_layers else "exact"
-        self.register_to_config(
+        self._store(
             density_table=table.to_list(), sdtm_group=list(config.sdtm_group), status=status or untrained
         )
 
@@ -66,7 +66,7 @@ class FlexDiTTwin(DensityControlled):
 
     @status.setter
     def status(self, value: str) -> None:
-        self.register_to_config(status=value)
+        self._store(status=value)
 
     @property
     def knobs(self) -> dict[str, Any]:

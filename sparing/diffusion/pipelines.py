@@ -72,6 +72,8 @@ class FlexDiTPipeline(DiTPipeline):
         self, transformer: Any, scheduler: Any, vae: Any = None, id2label: dict[int, str] | None = None
     ) -> None:
         super().__init__(transformer=transformer, vae=vae, scheduler=scheduler, id2label=id2label)
+        if id2label is not None:
+            self.register_to_config(id2label={str(index): names for index, names in id2label.items()})
 
     @property
     def guidance_scale(self) -> float:

@@ -483,3 +483,13 @@ def test_a_folder_of_another_class_is_refused_and_a_legacy_one_is_read(host, tmp
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"junk")
     with pytest.raises((ValueError, OSError), match=r"diffusion_pytorch_model|cannot be read"):
         FlexDiTTransformer2DModel.from_host(tmp_path, **LAYOUT)
+
+
+def test_the_config_alone_builds_a_model_with_its_table_and_status(flexdit, tmp_path):
+    flexdit.set_density([(0, 5), (400, 3)])
+    flexdit.status = "trained"
+    again = FlexDiTTransformer2DModel.from_config(flexdit.config)
+    assert again.density_table.entries == ((0, 5, 5), (400, 3, 3))
+    assert again.status == "trained"
+    again.save_pretrained(tmp_path)
+    assert "_use_default_values" not in json.loads((tmp_path / "config.json").read_text())

@@ -326,3 +326,11 @@ def test_a_run_that_broke_off_leaves_nothing_in_the_first_block_cache(error):
     with pytest.raises(error):
         pipeline([1, 2], generator=_seeded(), callback_on_step_end=stop, **arguments)
     assert pipeline([1], generator=_seeded(), **arguments).images.shape == (1, 4, 16, 16)
+
+
+def test_the_names_of_classes_are_saved_with_the_pipeline(tmp_path):
+    _pipeline(id2label={0: "cat, kitty", 7: "dog"}).save_pretrained(tmp_path)
+    again = FlexDiTPipeline.from_pretrained(tmp_path)
+    assert again.labels == {"cat": 0, "kitty": 0, "dog": 7}
+    again.save_pretrained(tmp_path / "twice")
+    assert FlexDiTPipeline.from_pretrained(tmp_path / "twice").label_indices(["kitty", "dog"]) == [0, 7]
