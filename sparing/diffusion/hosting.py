@@ -51,9 +51,7 @@ class FlexDiTTwin(DensityControlled):
                 config.density_table, grid=self.base_grid, num_train_timesteps=config.num_train_timesteps
             )
         untrained = "converted, not trained" if self.has_sparse_layers else "exact"
-        self._store(
-            density_table=table.to_list(), sdtm_group=list(config.sdtm_group), status=status or untrained
-        )
+        self._store(density_table=table.to_list(), sdtm_group=list(config.sdtm_group), status=status or untrained)
 
     @property
     def has_sparse_layers(self) -> bool:

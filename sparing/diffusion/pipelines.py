@@ -6,6 +6,8 @@ the step's density, guidance, one scheduler step. Stock ``DiTPipeline`` works wi
 
 import contextlib
 import inspect
+import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -135,6 +137,15 @@ class FlexDiTPipeline(DiTPipeline):
             )
         config, device = self.transformer.config, self._execution_device
         channels = config.in_channels
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
+        if guidance_channels is not None and not 1 <= guidance_channels <= channels:
+            raise ValueError(f"guidance_channels must be in 1..{channels}, got {guidance_channels}")
+        if guidance_scale > 1 and getattr(config, "class_dropout_prob", 1.0) == 0:
+            raise ValueError(
+                f"guidance needs a null class, and this model has none (class_dropout_prob 0): use guidance_scale 1, "
+                f"got {guidance_scale}"
+            )
         self._guidance_scale, self._interrupt = guidance_scale, False
         labels = torch.tensor(self.label_indices(class_labels))
         batch, guiding = len(labels), guidance_scale > 1
@@ -142,7 +153,10 @@ class FlexDiTPipeline(DiTPipeline):
             labels = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
         labels = labels.to(device)
 
-        shape = (batch, channels, height or config.sample_size, width or config.sample_size)
+        size = [config.sample_size if side is None else side for side in (height, width)]
+        if min(size) < 1:
+            raise ValueError(f"height and width must be at least 1, got {height} and {width}")
+        shape = (batch, channels, *size)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
         elif latents.shape != shape:
@@ -204,7 +218,7 @@ class FlexDiTPipeline(DiTPipeline):
                     raise ValueError(f"no class {label!r}; the model names {names}")
                 indices.append(self.labels[label])
             else:
-                indices.append(int(label))
+                indices.append(_class_index(label))
         outside = [index for index in indices if not 0 <= index < classes]
         if outside:
             raise ValueError(f"class {outside[0]} is out of range: the model has classes 0..{classes - 1}")
@@ -212,7 +226,7 @@ class FlexDiTPipeline(DiTPipeline):
 
     def _densities(self, timesteps: Tensor, density: Density | None, *, grid: Any) -> list[dict[str, Any]]:
         """Keywords of every step's forward."""
-        if not isinstance(self.transformer, DensityControlled):
+        if not isinstance(self.transformer, DensityControlled) or not self.transformer.has_sparse_layers:
             if density is not None:
                 raise ValueError(
                     f"{type(self.transformer).__name__} is dense: it has no density to set, got {density!r}"
@@ -233,3 +247,11 @@ class FlexDiTPipeline(DiTPipeline):
             return samples
         array = samples.cpu().permute(0, 2, 3, 1).float().numpy()
         return self.numpy_to_pil(array) if output_type == "pil" else array
+
+
+def _class_index(label: Any) -> int:
+    """A label as an int; ValueError for what is none, a bool included."""
+    if not isinstance(label, bool):
+        with contextlib.suppress(TypeError):
+            return operator.index(label)
+    raise ValueError(f"class {label!r} is neither an index nor a name")

@@ -334,3 +334,23 @@ def test_the_names_of_classes_are_saved_with_the_pipeline(tmp_path):
     assert again.labels == {"cat": 0, "kitty": 0, "dog": 7}
     again.save_pretrained(tmp_path / "twice")
     assert FlexDiTPipeline.from_pretrained(tmp_path / "twice").label_indices(["kitty", "dog"]) == [0, 7]
+
+
+@pytest.mark.parametrize(
+    ("labels", "arguments", "message"),
+    [
+        ([1.7], {}, r"class 1\.7 is neither an index nor a name"),
+        ([True], {}, "class True is neither"),
+        ([None], {}, "class None is neither"),
+        ([1], {"guidance_channels": 0}, r"guidance_channels must be in 1\.\.4, got 0"),
+        ([1], {"guidance_channels": -1}, r"in 1\.\.4, got -1"),
+        ([1], {"guidance_channels": 5}, r"in 1\.\.4, got 5"),
+        ([1], {"guidance_scale": float("nan")}, "finite number, got nan"),
+        ([1], {"height": 0}, "height and width must be at least 1, got 0 and None"),
+        ([1], {"width": -4}, "got None and -4"),
+    ],
+)
+def test_impossible_labels_and_guidance_are_refused_by_value(labels, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        _pipeline()(labels, num_inference_steps=1, **arguments)
+    assert _pipeline().label_indices(torch.tensor([1, 2])) == [1, 2]
