@@ -377,6 +377,8 @@ class FlexDiTTransformer2DModel(FlexDiTTwin, ModelMixin, AttentionMixin, CacheMi
             ValueError: a missing or extra key, a layout of the wrong depth, unequal embedder copies, an unsupported
                 host option.
         """
+        if timing not in ("host", "original"):
+            raise ValueError(f"timing must be 'host' or 'original', got {timing!r}")
         if isinstance(host, (str, Path)):
             host = _read_host(host)
         if isinstance(host, nn.Module):
@@ -485,8 +487,6 @@ def _read_diffusers(path: str, *, subfolder: str | None) -> DiTTransformer2DMode
 
 def _live_shape(host: DiTTransformer2DModel, timing: str) -> dict[str, Any]:
     """Constructor keywords of a live host."""
-    if timing not in ("host", "original"):
-        raise ValueError(f"timing must be 'host' or 'original', got {timing!r}")
     config, block = host.config, host.transformer_blocks[0]
     names = (
         "num_attention_heads",

@@ -15,6 +15,7 @@ What the authors did not publish is ours: every step trains one density, drawn s
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from sparing.diffusion.density import PUBLISHED_RATES, DensityTable, DensityTime
 from sparing.diffusion.flexdit import FlexDiTTransformer2DModel
 from sparing.diffusion.flexdit_keys import check_finite
 from sparing.diffusion.losses import DiffusionProcess, training_losses
+from sparing.recipes.generate import open_vae
 from sparing.recipes.train_vision import write_json
 from sparing.training import (
     Batch,
@@ -67,6 +69,20 @@ class FlexDiTSettings:
     max_shift: int = field(default=0, metadata={"help": "pixels that images in memory are moved by at most"})
     num_workers: int = field(default=0, metadata={"help": "processes that decode image files"})
 
+    def check(self) -> None:
+        """Raises ValueError for a setting that cannot work."""
+        if self.mode not in ("bucket", "piecewise", "mixed"):
+            raise ValueError(f"mode must be 'bucket', 'piecewise' or 'mixed', got {self.mode!r}")
+        if not 0.0 <= self.warm_share <= 1.0:
+            raise ValueError(f"warm_share is a share of the steps in [0, 1], got {self.warm_share}")
+        for name in ("min_snr_gamma", "teacher_weight"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0.0):
+                raise ValueError(f"{name} must be a finite number, at least 0, got {value}")
+        for name in ("max_shift", "num_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+
 
 def default_fit_settings(**changes: Any) -> FitSettings:
     """The published recipe: constant 1e-4, no weight decay, no clipping, averaged weights."""
@@ -98,7 +114,12 @@ class LatentBatches:
 
 
 def training_batches(
-    model: FlexDiTTransformer2DModel, data: str, *, settings: FlexDiTSettings, seed: int = 0, vae_scale: int = 1
+    model: FlexDiTTransformer2DModel,
+    data: str,
+    *,
+    settings: FlexDiTSettings,
+    seed: int = 0,
+    vae_scale: int | None = None,
 ) -> BatchSource:
     """Clean samples in [-1, 1] (images) or as stored (latents), at the model's own size.
 
@@ -107,15 +128,17 @@ def training_batches(
         data: see the module docstring.
         settings: augmentation.
         seed: of the augmentation.
-        vae_scale: pixels a latent position, when images are encoded on the fly.
+        vae_scale: pixels a latent position, when images are encoded on the fly; None: they are not.
 
     Raises:
         ValueError: samples or labels that do not go with the model.
     """
     channels, side, classes = model.config.in_channels, model.config.sample_size, model.config.num_embeds_ada_norm
     if data.endswith(".safetensors"):
+        if vae_scale is not None:
+            raise ValueError(f"{data} holds latents: a vae encodes images, leave it out")
         return _latents(Path(data), expected=(channels, side, side), classes=classes)
-    channels, side = (3, side * vae_scale) if vae_scale > 1 else (channels, side)
+    channels, side = (channels, side) if vae_scale is None else (3, side * vae_scale)
     if channels not in (1, 3):
         raise ValueError(
             f"this model works on latents of {channels} channels: give a .safetensors of latents, or a vae"
@@ -199,13 +222,19 @@ def finetune(
         ValueError: data or settings that do not go with the model, or a folder with the result of another run.
     """
     fit_settings, settings, out = fit_settings or default_fit_settings(), settings or FlexDiTSettings(), Path(out)
+    settings.check()
+    _check_out(out)
     if settings.teacher_weight and teacher is None:
         raise ValueError(f"teacher_weight {settings.teacher_weight} needs a teacher (the dense host)")
     fit_settings.check()
     started = time.perf_counter()
     accelerator = Accelerator()
+    if vae is not None and vae.config.latent_channels != model.config.in_channels:
+        raise ValueError(
+            f"the model works on {model.config.in_channels} channels, the vae makes {vae.config.latent_channels}"
+        )
     if isinstance(data, str):
-        scale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        scale = None if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         samples = training_batches(model, data, settings=settings, seed=fit_settings.seed, vae_scale=scale)
     else:
         samples = data
@@ -245,6 +274,13 @@ def finetune(
         write_json(out / "metrics.json", metrics)
         (out / "checkpoint.pt").unlink(missing_ok=True)
     return metrics
+
+
+def _check_out(out: Path) -> None:
+    """Raises ValueError when ``out`` is, or lies below, a file."""
+    file = next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        raise ValueError(f"{file} is a file; out is the folder of the run")
 
 
 def _steps_done(checkpoint: Path) -> int:
@@ -363,16 +399,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     wanted, fit_settings, settings = parser.parse_args_into_dataclasses(arguments)
     try:
-        model = _open(wanted)
-        vae = None
-        if wanted.vae:
-            from diffusers import AutoencoderKL
-
-            vae = AutoencoderKL.from_pretrained(wanted.vae)
+        fit_settings.check()
+        settings.check()
+        _check_out(Path(wanted.out))
+        model = _open(wanted, with_teacher=settings.teacher_weight > 0)
+        vae = open_vae(wanted.vae) if wanted.vae else None
         teacher = None
         if settings.teacher_weight:
             plain = {"num_pooling": 0, "num_sdtm": 0, "num_dense_top": model.config.num_layers}
-            teacher = FlexDiTTransformer2DModel.from_host(wanted.host, timing=wanted.timing, **plain)
+            teacher = FlexDiTTransformer2DModel.from_host(wanted.host, timing=wanted.timing, check_finite=True, **plain)
         metrics = finetune(
             model,
             wanted.data,
@@ -390,21 +425,28 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _open(wanted: Any) -> FlexDiTTransformer2DModel:
+def _open(wanted: Any, *, with_teacher: bool) -> FlexDiTTransformer2DModel:
     """The FlexDiT to train: converted from a host, or read from its own folder."""
-    config = Path(wanted.host) / "config.json"
-    table: Any = json.loads(wanted.density_table) if wanted.density_table.startswith("[") else wanted.density_table
-    if config.exists() and json.loads(config.read_text())["_class_name"] == FlexDiTTransformer2DModel.__name__:
+    table = _parse_table(wanted.density_table)
+    if _class_name(Path(wanted.host) / "config.json") == FlexDiTTransformer2DModel.__name__:
+        given = [name for name, value in (("split", wanted.split), ("timing", wanted.timing != "host")) if value]
+        if given:
+            raise ValueError(
+                f"{wanted.host} is a FlexDiT already, with its own layout and timing: leave out --{given[0]}"
+            )
+        if with_teacher:
+            raise ValueError(f"{wanted.host} is a FlexDiT: teacher_weight needs its dense host as --host")
         model = FlexDiTTransformer2DModel.from_pretrained(wanted.host)
         check_finite(model.state_dict())
-        if table:
+        if table != "":
             model.set_density(table)
         return model
     layout: dict[str, Any] = {}
     if wanted.split:
-        numbers = [int(part) for part in wanted.split.split(",")]
-        if len(numbers) != 7:
-            raise ValueError(f"split {wanted.split!r} must give P,K,merge,sparse,recover,dense,T")
+        parts = wanted.split.split(",")
+        if len(parts) != 7 or not all(part.strip().isdecimal() for part in parts):
+            raise ValueError(f"split {wanted.split!r} must give P,K,merge,sparse,recover,dense,T in whole numbers")
+        numbers = [int(part) for part in parts]
         layout = {
             "num_pooling": numbers[0],
             "num_sdtm": numbers[1],
@@ -412,8 +454,29 @@ def _open(wanted: Any) -> FlexDiTTransformer2DModel:
             "num_dense_top": numbers[6],
         }
     return FlexDiTTransformer2DModel.from_host(
-        wanted.host, density_table=table or None, timing=wanted.timing, check_finite=True, **layout
+        wanted.host, density_table=None if table == "" else table, timing=wanted.timing, check_finite=True, **layout
     )
+
+
+def _parse_table(text: str) -> Any:
+    """``--density_table``: a JSON list, or as :meth:`DensityTable.of` takes a text."""
+    if not text.lstrip().startswith("["):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ValueError(f"density_table {text!r} is no list [[t, side], ...] or [[t, h, w], ...] in JSON") from None
+
+
+def _class_name(config: Path) -> str | None:
+    """The class that a ``config.json`` names, where there is such a file and it names one."""
+    if not config.is_file():
+        return None
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{config} is not JSON") from None
+    return content.get("_class_name") if isinstance(content, dict) else None
 
 
 if __name__ == "__main__":

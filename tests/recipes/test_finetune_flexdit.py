@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from diffusion.conftest import build_flexdit, build_host
 from PIL import Image
 from safetensors.torch import save_file
@@ -246,3 +247,67 @@ def test_a_host_with_nan_is_refused_before_training(tmp_path, capsys):
     arguments += ["--out", str(tmp_path / "out"), "--split", "1,1,1,1,1,1,1", "--batch_size", "8"]
     assert recipe.main(arguments) == 2
     assert "weights hold NaN or infinity: first in 'proj_out_1.weight'" in capsys.readouterr().err
+
+
+def test_options_that_do_not_go_together_are_one_line(tmp_path, capsys):
+    build_host(num_layers=6, sample_size=8).save_pretrained(tmp_path / "dit")
+    build_host(num_layers=6, sample_size=8).save_pretrained(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    build_host(num_layers=6, sample_size=8).save_pretrained(tmp_path / "broken")
+    (tmp_path / "broken" / "config.json").write_text("{")
+    _model().save_pretrained(tmp_path / "own")
+    _vae(latent_channels=4).save_pretrained(tmp_path / "vae")
+    data = _latents()
+    save_file({"latents": data.latents, "labels": data.labels}, tmp_path / "latents.safetensors")
+    (tmp_path / "file").write_text("x")
+    arguments = ["--host", str(tmp_path / "dit"), "--data", str(tmp_path / "latents.safetensors")]
+    arguments += ["--out", str(tmp_path / "out"), "--epochs", "1", "--batch_size", "8"]
+    split = ["--split", "1,1,1,1,1,1,1"]
+    own = ["--host", str(tmp_path / "own")]
+    for change, message in (
+        ([*own, *split], "is a FlexDiT already, with its own layout and timing: leave out --split"),
+        ([*own, "--timing", "original"], "leave out --timing"),
+        ([*own, "--teacher_weight", "1"], "is a FlexDiT: teacher_weight needs its dense host"),
+        ([*split, "--vae", str(tmp_path / "vae")], "holds latents: a vae encodes images, leave it out"),
+        ([*split, "--vae", str(tmp_path / "dit")], "an AutoencoderKL is needed"),
+        ([*split, "--host", str(tmp_path / "empty")], "class None"),
+        ([*split, "--host", str(tmp_path / "broken")], "is not JSON"),
+        ([*split, "--batch_size", "0"], "batch_size must be at least 1, got 0"),
+        ([*split, "--accumulate", "0"], "accumulate must be at least 1, got 0"),
+        ([*split, "--min_snr_gamma", "-1"], "min_snr_gamma must be a finite number, at least 0, got -1.0"),
+        ([*split, "--warm_share", "2"], "warm_share is a share of the steps in [0, 1], got 2.0"),
+        ([*split, "--teacher_weight", "-1"], "teacher_weight must be a finite number, at least 0, got -1.0"),
+        ([*split, "--mode", "x"], "mode must be 'bucket', 'piecewise' or 'mixed', got 'x'"),
+        ([*split, "--timing", "x"], "timing must be 'host' or 'original', got 'x'"),
+        (["--split", "1,a,1,1,1,1,1"], "split '1,a,1,1,1,1,1' must give P,K"),
+        ([*split, "--density_table", "[[0,3]"], "density_table '[[0,3]' is no list [[t, side], ...]"),
+        ([*split, "--density_table", '[["a",3]]'], "entry ['a', 3] of a density table"),
+        ([*split, "--density_table", "[[0,3.7]]"], "entry [0, 3.7] of a density table"),
+        ([*split, "--density_table", "[3]"], "entry 3 of a density table"),
+        ([*split, "--density_table", "[]"], "at least one entry"),
+        ([*split, "--out", str(tmp_path / "file")], "is a file; out is the folder of the run"),
+        ([*split, "--out", str(tmp_path / "file" / "x")], "is a file; out is the folder of the run"),
+    ):
+        assert recipe.main([*arguments, *change]) == 2
+        error = capsys.readouterr().err
+        assert message in error, change
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def _vae(**kwargs):
+    shape = {"block_out_channels": (8,), "down_block_types": ("DownEncoderBlock2D",), "norm_num_groups": 4}
+    return AutoencoderKL(**{**shape, "up_block_types": ("UpDecoderBlock2D",), **kwargs})
+
+
+def test_a_vae_of_one_level_encodes_images_and_one_of_other_latents_is_refused(tmp_path):
+    for label in range(2):
+        (tmp_path / str(label)).mkdir()
+        for i in range(4):
+            Image.new("RGB", (8, 8), (40 * i, 0, 9)).save(tmp_path / str(label) / f"{i}.png")
+    arguments = {"out": tmp_path / "out", "fit_settings": _settings(batch_size=4, epochs=1)}
+    metrics = finetune(_model(), str(tmp_path), vae=_vae(latent_channels=4), **arguments)
+    assert metrics["samples"] == 8
+    with pytest.raises(ValueError, match="the model works on 4 channels, the vae makes 3"):
+        finetune(_model(), str(tmp_path), vae=_vae(latent_channels=3), **{**arguments, "out": tmp_path / "x"})
