@@ -305,7 +305,7 @@ class FlexDiTTransformer2DModel(FlexDiTTwin, ModelMixin, AttentionMixin, CacheMi
     def _forward_at(
         self, latents: Tensor, timestep: Tensor, labels: Tensor, grid: tuple[int, int], side: tuple[int, int]
     ) -> Tensor:
-        hidden = self.pos_embed(latents)
+        hidden = self.pos_embed(latents).contiguous()  # as all later tokens: strides are part of a compiled graph
         conditioning = F.silu(self.time_class_embed(timestep, labels, dtype=hidden.dtype))
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
         hidden = run_blocks(

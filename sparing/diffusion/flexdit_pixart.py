@@ -233,7 +233,7 @@ class FlexDiTPixArtTransformer2DModel(
         grid: tuple[int, int],
         side: tuple[int, int],
     ) -> Tensor:
-        hidden = self.pos_embed(latents)
+        hidden = self.pos_embed(latents).contiguous()  # as all later tokens: strides are part of a compiled graph
         conditioning, embedded = self.adaln_single(
             timestep, sizes, batch_size=latents.shape[0], hidden_dtype=hidden.dtype
         )

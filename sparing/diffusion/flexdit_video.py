@@ -236,7 +236,7 @@ class FlexDiTVideoTransformer3DModel(
         temporal: bool,
     ) -> Tensor:
         batch, _, frames = latents.shape[:3]
-        hidden = self.pos_embed(rearrange(latents, "b c f h w -> (b f) c h w"))
+        hidden = self.pos_embed(rearrange(latents, "b c f h w -> (b f) c h w")).contiguous()
         conditioning, embedded = self.adaln_single(timestep, batch_size=batch, hidden_dtype=hidden.dtype)
         text = repeat(self.caption_projection(text), "b l d -> (b f) l d", f=frames)
         if mask is not None:

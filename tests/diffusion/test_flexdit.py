@@ -493,3 +493,24 @@ def test_the_config_alone_builds_a_model_with_its_table_and_status(flexdit, tmp_
     assert again.status == "trained"
     again.save_pretrained(tmp_path)
     assert "_use_default_values" not in json.loads((tmp_path / "config.json").read_text())
+
+
+@pytest.mark.parametrize(("options", "most"), [({}, 8), ({"dynamic": False}, 5 + 3)])
+def test_repeated_blocks_compile_within_dynamos_own_limit_at_several_grids(options, most):
+    torch._dynamo.reset()
+    model = build_flexdit()
+    latents, timesteps, labels = inputs()
+    densities = (6, 5, 3) if not options else (5, 3)
+    graphs = []
+
+    def counting(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    with torch.no_grad():
+        wanted = [model(latents, timesteps, labels, density=density).sample for density in densities]
+        model.compile_repeated_blocks(fullgraph=True, backend=counting, **options)
+        for density, want in zip(densities, wanted, strict=True):
+            sample = model(latents, timesteps, labels, density=density).sample
+            torch.testing.assert_close(sample, want, atol=2e-5, rtol=2e-5)
+    assert len(graphs) <= most
