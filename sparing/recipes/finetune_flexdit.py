@@ -418,7 +418,7 @@ def main(arguments: list[str] | None = None) -> int:
             vae=vae,
         )
     except (ValueError, TypeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if Accelerator().is_main_process:
         print(f"loss {metrics['history'][-1]['loss']:.4f}; model in {wanted.out}")

@@ -276,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         made = generate(model, classes, **given)
     except (ValueError, TypeError, OSError, json.JSONDecodeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"{len(made['images'])} images in {made['out']} (model: {made['status']})")
     return 0

@@ -271,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         made = generate_prompted(pipeline, prompts, **given)
     except (ValueError, TypeError, OSError, ImportError, json.JSONDecodeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"{made['kind']} of {len(prompts)} prompts in {made['out']} (denoiser: {made['status']})")
     return 0
