@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from sparing.cli.app import app
-from sparing.cli.options import Device, JsonFile, parse_device, write_json
+from sparing.cli.options import Device, JsonFile, check_json, parse_device, write_json
 
 
 @app.command()
@@ -45,6 +45,7 @@ def generate(
     """Generate images of classes, or images, video or sound of prompts, and write them as one file."""
     if bool(classes) == bool(prompts):
         raise ValueError("give either --class or --prompt")
+    check_json(json_file)
     where = str(parse_device(device)) if device else None
     common: dict[str, Any] = {
         "out": out,
@@ -76,10 +77,11 @@ def generate(
             print(f"{made['kind']} of {len(prompts)} prompts in {out} (denoiser: {made['status']})")
         return
     from sparing.recipes.generate import generate as run
+    from sparing.recipes.generate import parse_class
 
     if any(value is not None for value in (twin, height, width, frames)):
         raise ValueError("--twin, --height, --width and --frames go with --prompt")
-    chosen: list[Any] = [int(text) if text.lstrip("-").isdigit() else text for text in classes or []]
+    chosen: list[Any] = [parse_class(text) for text in classes or []]
     made = run(
         model,
         chosen,

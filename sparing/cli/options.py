@@ -25,6 +25,14 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
 
 
+def check_json(file: Path | None) -> None:
+    """Raises, before the work, what :func:`write_json` would raise after it."""
+    if file is not None and str(file) != "-":
+        from sparing.media.outputs import check_output
+
+        check_output(file, make_folder=False)
+
+
 def write_json(content: Any, file: Path | None) -> bool:
     """Writes a result as JSON; returns whether it went to standard output, so that a table must not."""
     if file is None:

@@ -269,6 +269,8 @@ class FlexDiTBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.dim, self.kind, self.drop_path = dim, kind, drop_path
+        # kinds of one computation share a compiled graph: no forward may ask which of them a block is
+        self._attends_within = kind not in ("pooling", "merge", "recover")
         self.attention_norm_eps, self.mlp_norm_eps = attention_norm_eps, mlp_norm_eps
         shape: dict[str, Any] = {"heads": heads, "head_dim": head_dim, "bias": attention_bias}
         if modulation == "zero":
@@ -349,6 +351,8 @@ class FlexDiTBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The residual stream and the branch to be gated onto it."""
         eps = self.attention_norm_eps
+        if self._attends_within:
+            return hidden, self.attn1(ln_modulate(hidden, shift, scale, eps=eps))
         if self.kind == "pooling":
             mean_token = F.layer_norm(hidden, (self.dim,), eps=eps).mean(dim=1, keepdim=True)
             return hidden, self.attn1(mean_token * (1 + scale) + shift)
@@ -358,13 +362,11 @@ class FlexDiTBlock(nn.Module):
             # Queries and keys share one norm and one modulation (section 2.4c of the specification, gotcha 8).
             normed = ln_modulate(pooled, shift, scale, eps=eps), ln_modulate(context, shift, scale, eps=eps)
             return pooled, self.attn1(*normed)
-        if self.kind == "recover":
-            # W1 commutes with the gather of nearest-neighbour enlarging: apply it to the M sparse tokens.
-            source = grid if hidden.shape[1] == dense.shape[1] else sparse_grid  # type: ignore[union-attr]
-            merged = grid_unpool(self.merge_sparse(hidden), source, grid) + self.merge_dense(dense)
-            normed = ln_modulate(merged, shift, scale, eps=eps), ln_modulate(hidden, shift, scale, eps=eps)
-            return merged, self.attn1(*normed)
-        return hidden, self.attn1(ln_modulate(hidden, shift, scale, eps=eps))
+        # recover: W1 commutes with the gather of nearest-neighbour enlarging, so apply it to the M sparse tokens
+        source = grid if hidden.shape[1] == dense.shape[1] else sparse_grid  # type: ignore[union-attr]
+        merged = grid_unpool(self.merge_sparse(hidden), source, grid) + self.merge_dense(dense)
+        normed = ln_modulate(merged, shift, scale, eps=eps), ln_modulate(hidden, shift, scale, eps=eps)
+        return merged, self.attn1(*normed)
 
     def _drop(self, branch: Tensor) -> Tensor:
         if self.drop_path == 0.0 or not self.training:

@@ -19,8 +19,9 @@ sampler's step number.
 
 import itertools
 import math
+import operator
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -90,13 +91,32 @@ def parse_density(density: Density, *, grid: Side) -> Side:
         if not 0.0 < density <= 1.0:
             raise ValueError(f"density {given!r} as a share of the tokens must be in (0, 1]")
         return sparse_side(grid[0], 1.0 - density), sparse_side(grid[1], 1.0 - density)
-    if isinstance(density, int):
-        density = (density, density)
-    if isinstance(density, str) or len(density) != 2:
-        raise ValueError(f"density {given!r} must give one side or two, (side_h, side_w)")
-    side_h, side_w = (int(side) for side in density)
-    check_side((side_h, side_w), grid=grid)
-    return side_h, side_w
+    whole = _whole(density)
+    sides = (whole, whole) if whole is not None else _whole_numbers(density)
+    if sides is None or len(sides) != 2:
+        raise ValueError(f"density {given!r} must give one side or two, (side_h, side_w), in whole tokens")
+    check_side((sides[0], sides[1]), grid=grid)
+    return sides[0], sides[1]
+
+
+def _whole(value: Any) -> int | None:
+    """An integer of any library as an int; None for anything else, ``True`` included."""
+    if isinstance(value, (bool, float, str, tuple, list)):  # a compiled forward cannot ask them for an index
+        return None
+    if isinstance(value, int):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _whole_numbers(values: Any) -> tuple[int, ...] | None:
+    """A sequence of integers; None for anything else."""
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        return None
+    numbers = [_whole(value) for value in values]
+    return None if None in numbers else tuple(numbers)  # type: ignore[arg-type]
 
 
 def check_side(side: Side, *, grid: Side) -> None:
@@ -125,7 +145,7 @@ class DensityTable:
     _starts: list[int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        entries = tuple((int(t), int(h), int(w)) for t, h, w in self.entries)
+        entries = tuple(_entry(entry, lengths=(3,)) for entry in self.entries)
         if not entries:
             raise ValueError("a density table needs at least one entry (t_start, side_h, side_w)")
         if entries[0][0] != 0:
@@ -185,16 +205,23 @@ class DensityTable:
     @classmethod
     def stages(cls, entries: Iterable[Sequence[int]], *, num_train_timesteps: int = 1000) -> "DensityTable":
         """A schedule of one's own: ``[(t_start, side), ...]`` or ``[(t_start, side_h, side_w), ...]``."""
-        full = tuple((entry[0], entry[1], entry[2] if len(entry) > 2 else entry[1]) for entry in entries)
-        return cls(full, num_train_timesteps)
+        if isinstance(entries, (str, bytes, Mapping)) or not isinstance(entries, Iterable):
+            raise ValueError(
+                f"a density table is a list of (t_start, side) or (t_start, side_h, side_w), got {entries!r}"
+            )
+        return cls(tuple(_entry(entry, lengths=(2, 3)) for entry in entries), num_train_timesteps)
 
     @classmethod
-    def published(cls, name: str, *, grid: Side, max_stages: int | None = None) -> "DensityTable":
-        """The schedule of a row of the published tables, e.g. ``'512_r0.90_0.96'``; names in ``PUBLISHED_RATES``."""
+    def published(
+        cls, name: str, *, grid: Side, num_train_timesteps: int = 1000, max_stages: int | None = None
+    ) -> "DensityTable":
+        """The schedule of a row of the published tables, e.g. ``'512_r0.90_0.96'``; names in ``PUBLISHED_RATES``. It is
+        a function of t / T, and so holds for every ``num_train_timesteps``.
+        """
         if name not in PUBLISHED_RATES:
             raise ValueError(f"unknown published schedule {name!r}; have {sorted(PUBLISHED_RATES)}")
         r_min, r_max = PUBLISHED_RATES[name]
-        return cls.from_rates(grid, r_min, r_max, max_stages=max_stages)
+        return cls.from_rates(grid, r_min, r_max, num_train_timesteps=num_train_timesteps, max_stages=max_stages)
 
     def with_max_stages(self, count: int) -> "DensityTable":
         """At most ``count`` entries: repeatedly joins the two neighbours whose joined stage adds the fewest
@@ -261,17 +288,33 @@ class DensityTable:
     def of(cls, spec: Any, *, grid: Side, num_train_timesteps: int = 1000) -> "DensityTable":
         """Whatever a person passes as ``density_table``: a table, a JSON list, one density (see ``parse_density``) or a
         published name.
+
+        Raises:
+            ValueError: none of these, a table of another number of timesteps, or a side above the grid.
         """
         if isinstance(spec, DensityTable):
+            if spec.num_train_timesteps != num_train_timesteps:
+                raise ValueError(
+                    f"the density table is one of {spec.num_train_timesteps} timesteps, the model has "
+                    f"{num_train_timesteps}"
+                )
             table = spec
         elif isinstance(spec, str) and spec in PUBLISHED_RATES:
-            table = cls.published(spec, grid=grid)
-        elif isinstance(spec, (int, float, str)) or (len(spec) == 2 and all(isinstance(side, int) for side in spec)):
+            table = cls.published(spec, grid=grid, num_train_timesteps=num_train_timesteps)
+        elif isinstance(spec, (int, float, str)) or len(_whole_numbers(spec) or ()) == 2:
             table = cls.constant(parse_density(spec, grid=grid), num_train_timesteps=num_train_timesteps)
         else:
             table = cls.stages(spec, num_train_timesteps=num_train_timesteps)
         table.check_grid(grid)
         return table
+
+
+def _entry(entry: Any, *, lengths: tuple[int, ...]) -> tuple[int, int, int]:
+    """``(t_start, side_h, side_w)`` of an entry that may give one side for both."""
+    numbers = _whole_numbers(entry)
+    if numbers is None or len(numbers) not in lengths:
+        raise ValueError(f"entry {entry!r} of a density table is not (t_start, side_h, side_w) in whole numbers")
+    return numbers[0], numbers[1], numbers[-1]
 
 
 class DensityTimestepSampler:

@@ -1,13 +1,14 @@
 """The run-time knob of every FlexDiT: which sparse grid a forward runs at.
 
-In order of precedence: the ``density`` argument of ``forward``; the density set for coming calls by
-``set_timestep_density``; the model's density table at the batch's timesteps. A table with one grid never reads the
-timesteps; another one reads them on the host once a forward (one device synchronisation on a GPU).
-``precompute_densities(scheduler.timesteps)`` does that reading before the sampling loop instead, so that a compiled
-forward holds no data-dependent control flow.
+In order of precedence: the ``density`` argument of ``forward``; the density of a ``with model.at_density(...)`` around
+it; the density set for coming calls by ``set_timestep_density``; the model's density table at the batch's timesteps. A
+table with one grid never reads the timesteps; another one reads them on the host once a forward (one device
+synchronisation on a GPU). ``precompute_densities(scheduler.timesteps)`` does that reading before the sampling loop
+instead, so that a compiled forward holds no data-dependent control flow.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -34,6 +35,12 @@ class DensityControlled:
     register_to_config: Callable[..., Any]
     _table: DensityTable | None = None
     _timestep_side: Grid | None = None
+    _call_density: Density | None = None
+
+    @property
+    def has_sparse_layers(self) -> bool:
+        """Whether a density changes anything."""
+        return True
 
     @property
     def base_grid(self) -> Grid:
@@ -60,14 +67,31 @@ class DensityControlled:
             ValueError: when it is above the dense grid, below 1, unsorted or unknown.
         """
         table = DensityTable.of(density, grid=self.base_grid, num_train_timesteps=self.config.num_train_timesteps)
-        self.register_to_config(density_table=table.to_list())
+        self._store(density_table=table.to_list())
         self._table = table
+
+    def _store(self, **values: Any) -> None:
+        """Writes into the config, so that a saved model and ``from_config(model.config)`` have it.
+
+        diffusers leaves out of a config given to ``from_config`` what its own list calls defaults, whatever it is now.
+        """
+        defaults = [name for name in self.config.get("_use_default_values", ()) if name not in values]
+        self.register_to_config(**values, _use_default_values=defaults)
 
     def set_timestep_density(self, timestep: float | None) -> None:
         """Fixes the density of coming calls to that of ``timestep`` (a host number); None follows the timesteps
         again.
         """
         self._timestep_side = None if timestep is None else self.density_table.side(timestep)
+
+    @contextlib.contextmanager
+    def at_density(self, density: Density) -> Iterator[None]:
+        """All calls inside run at one density, as if each were given it: in tokens of the grid that it runs on."""
+        before, self._call_density = self._call_density, density
+        try:
+            yield
+        finally:
+            self._call_density = before
 
     def precompute_densities(self, timesteps: Tensor | Sequence[float], *, grid: Grid | None = None) -> list[Grid]:
         """The sparse grid of every step of a schedule, on the host: pass entry i as ``density`` of step i.
@@ -103,6 +127,7 @@ class DensityControlled:
             density: explicit density of the whole batch, or None.
         """
         table = self.density_table
+        density = self._call_density if density is None else density
         if density is not None:
             return run(parse_density(density, grid=grid), None)
         if self._timestep_side is not None:

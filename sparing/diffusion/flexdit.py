@@ -305,7 +305,7 @@ class FlexDiTTransformer2DModel(FlexDiTTwin, ModelMixin, AttentionMixin, CacheMi
     def _forward_at(
         self, latents: Tensor, timestep: Tensor, labels: Tensor, grid: tuple[int, int], side: tuple[int, int]
     ) -> Tensor:
-        hidden = self.pos_embed(latents)
+        hidden = self.pos_embed(latents).contiguous()  # as all later tokens: strides are part of a compiled graph
         conditioning = F.silu(self.time_class_embed(timestep, labels, dtype=hidden.dtype))
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
         hidden = run_blocks(
@@ -358,6 +358,7 @@ class FlexDiTTransformer2DModel(FlexDiTTwin, ModelMixin, AttentionMixin, CacheMi
         check_finite: bool = False,
     ) -> Self:
         """A FlexDiT with the weights of a DiT: block i from block i, W1 = 0, W2 = identity; the host is left untouched.
+        The twin of a live host is in its mode (training or eval), every other one in eval mode.
 
         Args:
             host: a live ``DiTTransformer2DModel``; a state dict in original, diffusers' or the reference FlexDiT's
@@ -376,6 +377,8 @@ class FlexDiTTransformer2DModel(FlexDiTTwin, ModelMixin, AttentionMixin, CacheMi
             ValueError: a missing or extra key, a layout of the wrong depth, unequal embedder copies, an unsupported
                 host option.
         """
+        if timing not in ("host", "original"):
+            raise ValueError(f"timing must be 'host' or 'original', got {timing!r}")
         if isinstance(host, (str, Path)):
             host = _read_host(host)
         if isinstance(host, nn.Module):
@@ -384,7 +387,9 @@ class FlexDiTTransformer2DModel(FlexDiTTwin, ModelMixin, AttentionMixin, CacheMi
                 raise error(f"FlexDiT cannot be made from this host: {'; '.join(reasons)}")
             own, shape = keys.from_diffusers(host.state_dict()), _live_shape(host, timing)
             layout: dict[str, Any] = {}
+            training = host.training
         else:
+            training = False
             state = keys.unwrap_checkpoint(host)
             own, layout = _own_names(state)
             shape = keys.infer_shape(
@@ -403,14 +408,20 @@ class FlexDiTTransformer2DModel(FlexDiTTwin, ModelMixin, AttentionMixin, CacheMi
         split = _complete_split(given, layout, shape)
         if not layout:
             return twin_of_dense(
-                cls, own, shape=shape, layout=split, density_table=density_table, check_finite=check_finite
+                cls,
+                own,
+                shape=shape,
+                layout=split,
+                density_table=density_table,
+                check_finite=check_finite,
+                training=training,
             )
         if check_finite:
             keys.check_finite(own)
         with init_empty_weights(include_buffers=False):
             model = cls(**shape, **split, density_table=density_table, status="trained")
         fill_exactly(model, own)
-        return model
+        return model.eval()
 
     from_dit = from_host
 
@@ -439,14 +450,43 @@ def _read_host(path: str | Path) -> Mapping[str, Any] | DiTTransformer2DModel:
         raise ValueError(f"folder {folder} holds neither a model's config.json nor a pipeline's transformer/")
     if not folder.is_dir() and str(path).count("/") != 1:
         raise FileNotFoundError(f"{path} is neither a file, a diffusers folder nor a hub id 'owner/name'")
-    subfolder = None if (folder / "config.json").exists() else "transformer"
-    return DiTTransformer2DModel.from_pretrained(str(path), subfolder=subfolder)
+    return _read_diffusers(str(path), subfolder=None if (folder / "config.json").exists() else "transformer")
+
+
+def _read_diffusers(path: str, *, subfolder: str | None) -> DiTTransformer2DModel:
+    """The host that a folder or hub repository holds, complete.
+
+    Raises:
+        ValueError: a model of another class, or weights that lack a parameter, have one too many or cannot be read.
+    """
+    config = DiTTransformer2DModel.load_config(path, subfolder=subfolder)
+    named = config.get("_class_name")
+    if named == FlexDiTTransformer2DModel.__name__:
+        raise ValueError(f"{path} holds a FlexDiT already: use FlexDiTTransformer2DModel.from_pretrained(folder)")
+    # what the published DiT folders were written as, before the class was split
+    legacy = named == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"
+    if named != DiTTransformer2DModel.__name__ and not legacy:
+        raise ValueError(f"{path} holds a model of class {named!r}; a DiTTransformer2DModel is needed")
+    try:
+        host, info = DiTTransformer2DModel.from_pretrained(path, subfolder=subfolder, output_loading_info=True)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # whatever damaged or misshapen weights make the reader raise
+        raise ValueError(f"weights of {path} cannot be read ({type(error).__name__}): {error}") from error
+    missing = sorted({*info["missing_keys"], *(name for name, value in host.state_dict().items() if value.is_meta)})
+    extra = sorted(set(info["unexpected_keys"]) - {"pos_embed.pos_embed"})  # a fixed table, in older files
+    if missing or extra:
+        parts = [
+            f"{len(names)} {what}, first {names[0]!r}"
+            for what, names in (("missing", missing), ("unexpected", extra))
+            if names
+        ]
+        raise ValueError(f"weights of {path} do not fit its config: {'; '.join(parts)}")
+    return host
 
 
 def _live_shape(host: DiTTransformer2DModel, timing: str) -> dict[str, Any]:
     """Constructor keywords of a live host."""
-    if timing not in ("host", "original"):
-        raise ValueError(f"timing must be 'host' or 'original', got {timing!r}")
     config, block = host.config, host.transformer_blocks[0]
     names = (
         "num_attention_heads",

@@ -32,7 +32,14 @@ from sparing.diffusion.blocks import FlexDiTBlock, run_blocks
 from sparing.diffusion.density import Density, parse_density
 from sparing.diffusion.flexdit_flops import Count, text_conditional_macs
 from sparing.diffusion.flexdit_pixart_keys import infer_pixart_shape, plain_from_pixart
-from sparing.diffusion.hosting import FlexDiTTwin, latent_grid, reasons_against, text_bias, twin_of_dense
+from sparing.diffusion.hosting import (
+    FlexDiTTwin,
+    check_text_batch,
+    latent_grid,
+    reasons_against,
+    text_bias,
+    twin_of_dense,
+)
 from sparing.kernels import ln_modulate
 
 __all__ = ["FlexDiTPixArtTransformer2DModel"]
@@ -196,6 +203,13 @@ class FlexDiTPixArtTransformer2DModel(
         batch = hidden_states.shape[0]
         times = torch.as_tensor(timestep, device=hidden_states.device)
         times = times.expand(batch) if times.ndim == 0 or times.shape[0] == 1 else times
+        check_text_batch(
+            batch,
+            timestep=times,
+            text=encoder_hidden_states,
+            mask=encoder_attention_mask,
+            channels=self.config.caption_channels,
+        )
         mask = text_bias(encoder_attention_mask, dtype=hidden_states.dtype)
 
         def run(side: tuple[int, int], index: Tensor | None) -> Tensor:
@@ -219,7 +233,7 @@ class FlexDiTPixArtTransformer2DModel(
         grid: tuple[int, int],
         side: tuple[int, int],
     ) -> Tensor:
-        hidden = self.pos_embed(latents)
+        hidden = self.pos_embed(latents).contiguous()  # as all later tokens: strides are part of a compiled graph
         conditioning, embedded = self.adaln_single(
             timestep, sizes, batch_size=latents.shape[0], hidden_dtype=hidden.dtype
         )
@@ -300,6 +314,7 @@ class FlexDiTPixArtTransformer2DModel(
             layout=layout,
             density_table=density_table,
             check_finite=check_finite,
+            training=host.training,
         )
 
     @classmethod

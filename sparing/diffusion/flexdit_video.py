@@ -34,7 +34,14 @@ from torch import Tensor, nn
 from sparing.diffusion.blocks import FlexDiTBlock, sdtm_inputs
 from sparing.diffusion.density import Density, parse_density
 from sparing.diffusion.flexdit_flops import Count, video_macs
-from sparing.diffusion.hosting import FlexDiTTwin, latent_grid, reasons_against, text_bias, twin_of_dense
+from sparing.diffusion.hosting import (
+    FlexDiTTwin,
+    check_text_batch,
+    latent_grid,
+    reasons_against,
+    text_bias,
+    twin_of_dense,
+)
 from sparing.kernels import ln_modulate
 
 __all__ = ["FlexDiTVideoTransformer3DModel"]
@@ -199,6 +206,13 @@ class FlexDiTVideoTransformer3DModel(
         )
         times = torch.as_tensor(timestep, device=hidden_states.device)
         times = times.expand(batch) if times.ndim == 0 or times.shape[0] == 1 else times
+        check_text_batch(
+            batch,
+            timestep=times,
+            text=encoder_hidden_states,
+            mask=encoder_attention_mask,
+            channels=self.config.caption_channels,
+        )
         mask = text_bias(encoder_attention_mask, dtype=hidden_states.dtype)
 
         def run(side: tuple[int, int], index: Tensor | None) -> Tensor:
@@ -222,7 +236,7 @@ class FlexDiTVideoTransformer3DModel(
         temporal: bool,
     ) -> Tensor:
         batch, _, frames = latents.shape[:3]
-        hidden = self.pos_embed(rearrange(latents, "b c f h w -> (b f) c h w"))
+        hidden = self.pos_embed(rearrange(latents, "b c f h w -> (b f) c h w")).contiguous()
         conditioning, embedded = self.adaln_single(timestep, batch_size=batch, hidden_dtype=hidden.dtype)
         text = repeat(self.caption_projection(text), "b l d -> (b f) l d", f=frames)
         if mask is not None:
@@ -331,6 +345,7 @@ class FlexDiTVideoTransformer3DModel(
             layout=layout,
             density_table=density_table,
             check_finite=check_finite,
+            training=host.training,
         )
 
 

@@ -15,7 +15,15 @@ from sparing.diffusion.blocks import BlockSparseAttnProcessor, depth_layout, set
 from sparing.diffusion.density import DensityTable
 from sparing.diffusion.density_control import DensityControlled, default_table
 
-__all__ = ["FlexDiTTwin", "fill_exactly", "latent_grid", "reasons_against", "text_bias", "twin_of_dense"]
+__all__ = [
+    "FlexDiTTwin",
+    "check_text_batch",
+    "fill_exactly",
+    "latent_grid",
+    "reasons_against",
+    "text_bias",
+    "twin_of_dense",
+]
 
 _SPLIT = ("num_pooling", "num_sdtm", "sdtm_group", "num_dense_top")
 
@@ -43,9 +51,7 @@ class FlexDiTTwin(DensityControlled):
                 config.density_table, grid=self.base_grid, num_train_timesteps=config.num_train_timesteps
             )
         untrained = "converted, not trained" if self.has_sparse_layers else "exact"
-        self.register_to_config(
-            density_table=table.to_list(), sdtm_group=list(config.sdtm_group), status=status or untrained
-        )
+        self._store(density_table=table.to_list(), sdtm_group=list(config.sdtm_group), status=status or untrained)
 
     @property
     def has_sparse_layers(self) -> bool:
@@ -58,7 +64,7 @@ class FlexDiTTwin(DensityControlled):
 
     @status.setter
     def status(self, value: str) -> None:
-        self.register_to_config(status=value)
+        self._store(status=value)
 
     @property
     def knobs(self) -> dict[str, Any]:
@@ -97,8 +103,11 @@ def twin_of_dense(
     layout: Mapping[str, Any],
     density_table: Any,
     check_finite: bool,
+    training: bool = False,
 ) -> Any:
     """A FlexDiT of class ``cls`` initialised from dense weights in own names (section 5.2), built without spare memory.
+
+    It is in the mode ``training``: that of a live host, eval for weights from a file.
 
     Raises:
         ValueError: a layout of another depth, NaN when ``check_finite``, missing or extra weights.
@@ -109,7 +118,7 @@ def twin_of_dense(
     with init_empty_weights(include_buffers=False):
         model = cls(**shape, **layout, density_table=density_table)
     fill_exactly(model, keys.flexdit_from_plain(plain, list(kinds)))
-    return model
+    return model.train(training)
 
 
 def latent_grid(latents: Tensor, *, in_channels: int, patch_size: int) -> tuple[int, int]:
@@ -125,6 +134,23 @@ def latent_grid(latents: Tensor, *, in_channels: int, patch_size: int) -> tuple[
     if height % patch_size or width % patch_size or not height or not width:
         raise ValueError(f"latents of {height}x{width} do not divide into patches of {patch_size}; expected {expected}")
     return height // patch_size, width // patch_size
+
+
+def check_text_batch(batch: int, *, timestep: Tensor, text: Tensor, mask: Tensor | None, channels: int | None) -> None:
+    """Raises ValueError unless there is one timestep ``(batch,)``, one text ``(batch, L, channels)`` and one mask row
+    for every sample.
+    """
+    if timestep.shape != (batch,) or text.ndim != 3 or text.shape[0] != batch:
+        raise ValueError(
+            f"for {batch} latents, timestep has shape {tuple(timestep.shape)} and encoder_hidden_states "
+            f"{tuple(text.shape)}; expected ({batch},) and ({batch}, L, {channels})"
+        )
+    if channels is not None and text.shape[2] != channels:
+        raise ValueError(f"encoder_hidden_states have shape {tuple(text.shape)}; expected ({batch}, L, {channels})")
+    if mask is not None and (mask.shape[0], mask.shape[-1]) != tuple(text.shape[:2]):
+        raise ValueError(
+            f"a text mask has shape {tuple(mask.shape)}; for text {tuple(text.shape)}, expected {tuple(text.shape[:2])}"
+        )
 
 
 def text_bias(mask: Tensor | None, *, dtype: torch.dtype) -> Tensor | None:

@@ -6,14 +6,16 @@ the step's density, guidance, one scheduler step. Stock ``DiTPipeline`` works wi
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from diffusers import DiTPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparing.diffusion.density import Density
 from sparing.diffusion.density_control import DensityControlled
@@ -37,8 +39,25 @@ def guided(output: Tensor, scale: float, *, guided_channels: int) -> Tensor:
     return torch.cat([torch.cat([mixed, mixed]), output[:, guided_channels:]], dim=1)
 
 
+@contextlib.contextmanager
+def _sampling(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, without label dropout; then back in the mode that it had, its step caches empty, also
+    after an error: what they hold of an unfinished run would go into the next one.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        reset = getattr(model, "_reset_stateful_cache", None)
+        if reset is not None:
+            reset()
+
+
 class FlexDiTPipeline(DiTPipeline):
-    """Class-conditional sampling.
+    """Class-conditional sampling. The transformer samples in eval mode, whatever mode it is in; the call restores that.
 
     Args:
         transformer: a ``FlexDiTTransformer2DModel``, or a dense ``DiTTransformer2DModel`` for comparison.
@@ -55,6 +74,8 @@ class FlexDiTPipeline(DiTPipeline):
         self, transformer: Any, scheduler: Any, vae: Any = None, id2label: dict[int, str] | None = None
     ) -> None:
         super().__init__(transformer=transformer, vae=vae, scheduler=scheduler, id2label=id2label)
+        if id2label is not None:
+            self.register_to_config(id2label={str(index): names for index, names in id2label.items()})
 
     @property
     def guidance_scale(self) -> float:
@@ -116,6 +137,15 @@ class FlexDiTPipeline(DiTPipeline):
             )
         config, device = self.transformer.config, self._execution_device
         channels = config.in_channels
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
+        if guidance_channels is not None and not 1 <= guidance_channels <= channels:
+            raise ValueError(f"guidance_channels must be in 1..{channels}, got {guidance_channels}")
+        if guidance_scale > 1 and getattr(config, "class_dropout_prob", 1.0) == 0:
+            raise ValueError(
+                f"guidance needs a null class, and this model has none (class_dropout_prob 0): use guidance_scale 1, "
+                f"got {guidance_scale}"
+            )
         self._guidance_scale, self._interrupt = guidance_scale, False
         labels = torch.tensor(self.label_indices(class_labels))
         batch, guiding = len(labels), guidance_scale > 1
@@ -123,7 +153,10 @@ class FlexDiTPipeline(DiTPipeline):
             labels = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
         labels = labels.to(device)
 
-        shape = (batch, channels, height or config.sample_size, width or config.sample_size)
+        size = [config.sample_size if side is None else side for side in (height, width)]
+        if min(size) < 1:
+            raise ValueError(f"height and width must be at least 1, got {height} and {width}")
+        shape = (batch, channels, *size)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
         elif latents.shape != shape:
@@ -137,7 +170,7 @@ class FlexDiTPipeline(DiTPipeline):
         densities = self._densities(timesteps, density, grid=tuple(side // config.patch_size for side in shape[2:]))
         keeps_variance = getattr(self.scheduler.config, "variance_type", None) in ("learned", "learned_range")
 
-        with self.progress_bar(total=len(timesteps)) as progress:
+        with _sampling(self.transformer), self.progress_bar(total=len(timesteps)) as progress:
             for i, t in enumerate(timesteps):
                 if self._interrupt:
                     continue
@@ -185,7 +218,7 @@ class FlexDiTPipeline(DiTPipeline):
                     raise ValueError(f"no class {label!r}; the model names {names}")
                 indices.append(self.labels[label])
             else:
-                indices.append(int(label))
+                indices.append(_class_index(label))
         outside = [index for index in indices if not 0 <= index < classes]
         if outside:
             raise ValueError(f"class {outside[0]} is out of range: the model has classes 0..{classes - 1}")
@@ -193,7 +226,7 @@ class FlexDiTPipeline(DiTPipeline):
 
     def _densities(self, timesteps: Tensor, density: Density | None, *, grid: Any) -> list[dict[str, Any]]:
         """Keywords of every step's forward."""
-        if not isinstance(self.transformer, DensityControlled):
+        if not isinstance(self.transformer, DensityControlled) or not self.transformer.has_sparse_layers:
             if density is not None:
                 raise ValueError(
                     f"{type(self.transformer).__name__} is dense: it has no density to set, got {density!r}"
@@ -214,3 +247,11 @@ class FlexDiTPipeline(DiTPipeline):
             return samples
         array = samples.cpu().permute(0, 2, 3, 1).float().numpy()
         return self.numpy_to_pil(array) if output_type == "pil" else array
+
+
+def _class_index(label: Any) -> int:
+    """A label as an int; ValueError for what is none, a bool included."""
+    if not isinstance(label, bool):
+        with contextlib.suppress(TypeError):
+            return operator.index(label)
+    raise ValueError(f"class {label!r} is neither an index nor a name")

@@ -112,6 +112,11 @@ def _to_mode(image: Image.Image, mode: str, *, convert: bool, name: str) -> Imag
     return image.convert(mode)
 
 
+def writable_suffixes() -> frozenset[str]:
+    """The suffixes of the formats that images can be written in."""
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in Image.SAVE)
+
+
 def write_image(image: Image.Image, path: str | Path) -> Path:
     """Writes an image whole or not at all; the suffix says the format.
 

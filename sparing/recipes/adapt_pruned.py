@@ -43,6 +43,7 @@ from sparing.training import (
     save_checkpoint,
     write_json,
 )
+from sparing.training.loop import run_identity
 from sparing.zoo.table import MODELS
 
 __all__ = ["PruneSettings", "adapt_pruned", "load_pruned"]
@@ -283,6 +284,7 @@ class _Run:
             fresh=fresh,
             evaluate=evaluate,
             on_step=on_step,
+            identity=run_identity(self.training, self.settings),
         )
         if best is not self.network:  # the average of the weights
             self.network.load_state_dict(best.state_dict())

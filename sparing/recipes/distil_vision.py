@@ -36,6 +36,7 @@ from sparing.training import (
     image_batches,
     write_json,
 )
+from sparing.training.loop import run_identity
 from sparing.zoo.compare import feature_cosine, pooled_features, top1_agreement
 
 __all__ = ["PRESETS", "DistilSettings", "distill", "held_out_agreement"]
@@ -179,6 +180,12 @@ def distill(
         fresh=fresh,
         evaluate=evaluate,
         on_step=on_step,
+        identity={
+            **run_identity(varied, settings, image_settings or ImageSettings()),
+            "host": name,
+            "method": method,
+            "knobs": twin.knobs,
+        },
     )
     trained: Any = best.model
     if trained.status == "converted, not trained":

@@ -89,7 +89,16 @@ def finetune_detection(
         return mean_average_precision(module, held_out, accelerator=accelerator)
 
     batches: Any = DetectionBatches(training, seed=fit_settings.seed)
-    best, history = fit(model, loss_of, batches, settings=fit_settings, out=out, evaluate=evaluate, on_step=on_step)
+    best, history = fit(
+        model,
+        loss_of,
+        batches,
+        settings=fit_settings,
+        out=out,
+        evaluate=evaluate,
+        on_step=on_step,
+        identity=asdict(config),
+    )
     metrics = {
         "data": str(data).rstrip("/").rpartition("/")[2],
         "train_samples": len(training),

@@ -15,6 +15,7 @@ What the authors did not publish is ours: every step trains one density, drawn s
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -32,7 +33,9 @@ from torch import Tensor, nn
 import sparing
 from sparing.diffusion.density import PUBLISHED_RATES, DensityTable, DensityTimestepSampler
 from sparing.diffusion.flexdit import FlexDiTTransformer2DModel
+from sparing.diffusion.flexdit_keys import check_finite
 from sparing.diffusion.losses import DiffusionProcess, training_losses
+from sparing.recipes.generate import open_vae
 from sparing.recipes.train_vision import write_json
 from sparing.training import (
     Batch,
@@ -48,6 +51,8 @@ from sparing.training import (
     shift_and_flip,
     train_transform,
 )
+from sparing.training.batches import fingerprint
+from sparing.training.loop import differences, run_identity
 
 __all__ = ["FlexDiTSettings", "LatentBatches", "default_fit_settings", "finetune", "training_batches"]
 
@@ -63,6 +68,20 @@ class FlexDiTSettings:
     flip: bool = field(default=True, metadata={"help": "mirror every second training image"})
     max_shift: int = field(default=0, metadata={"help": "pixels that images in memory are moved by at most"})
     num_workers: int = field(default=0, metadata={"help": "processes that decode image files"})
+
+    def check(self) -> None:
+        """Raises ValueError for a setting that cannot work."""
+        if self.mode not in ("bucket", "piecewise", "mixed"):
+            raise ValueError(f"mode must be 'bucket', 'piecewise' or 'mixed', got {self.mode!r}")
+        if not 0.0 <= self.warm_share <= 1.0:
+            raise ValueError(f"warm_share is a share of the steps in [0, 1], got {self.warm_share}")
+        for name in ("min_snr_gamma", "teacher_weight"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0.0):
+                raise ValueError(f"{name} must be a finite number, at least 0, got {value}")
+        for name in ("max_shift", "num_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
 def default_fit_settings(**changes: Any) -> FitSettings:
@@ -84,6 +103,7 @@ class LatentBatches:
     def __init__(self, latents: Tensor, labels: Tensor) -> None:
         self.latents, self.labels = latents, labels.long()
         self.num_classes = int(labels.max()) + 1
+        self.fingerprint = fingerprint(latents, self.labels)
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -94,7 +114,12 @@ class LatentBatches:
 
 
 def training_batches(
-    model: FlexDiTTransformer2DModel, data: str, *, settings: FlexDiTSettings, seed: int = 0, vae_scale: int = 1
+    model: FlexDiTTransformer2DModel,
+    data: str,
+    *,
+    settings: FlexDiTSettings,
+    seed: int = 0,
+    vae_scale: int | None = None,
 ) -> BatchSource:
     """Clean samples in [-1, 1] (images) or as stored (latents), at the model's own size.
 
@@ -103,15 +128,17 @@ def training_batches(
         data: see the module docstring.
         settings: augmentation.
         seed: of the augmentation.
-        vae_scale: pixels a latent position, when images are encoded on the fly.
+        vae_scale: pixels a latent position, when images are encoded on the fly; None: they are not.
 
     Raises:
         ValueError: samples or labels that do not go with the model.
     """
     channels, side, classes = model.config.in_channels, model.config.sample_size, model.config.num_embeds_ada_norm
     if data.endswith(".safetensors"):
+        if vae_scale is not None:
+            raise ValueError(f"{data} holds latents: a vae encodes images, leave it out")
         return _latents(Path(data), expected=(channels, side, side), classes=classes)
-    channels, side = (3, side * vae_scale) if vae_scale > 1 else (channels, side)
+    channels, side = (channels, side) if vae_scale is None else (3, side * vae_scale)
     if channels not in (1, 3):
         raise ValueError(
             f"this model works on latents of {channels} channels: give a .safetensors of latents, or a vae"
@@ -139,7 +166,7 @@ def _latents(path: Path, *, expected: tuple[int, int, int], classes: int) -> Lat
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    if set(tensors) < {"latents", "labels"}:
+    if not {"latents", "labels"} <= set(tensors):
         raise ValueError(f"{path} holds {sorted(tensors)}; 'latents' and 'labels' are needed")
     latents, labels = tensors["latents"], tensors["labels"]
     if latents.ndim != 4 or tuple(latents.shape[1:]) != expected or labels.shape != latents.shape[:1]:
@@ -147,13 +174,22 @@ def _latents(path: Path, *, expected: tuple[int, int, int], classes: int) -> Lat
             f"{path}: latents {tuple(latents.shape)} and labels {tuple(labels.shape)}; the model takes (count, "
             f"{', '.join(map(str, expected))}) and (count,)"
         )
-    _check_labels(str(path), int(labels.max()), classes)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"{path}: labels are {labels.dtype}; integers are needed")
+    if not len(latents):
+        raise ValueError(f"{path} holds no latents")
+    _check_labels(str(path), int(labels.max()), classes, smallest=int(labels.min()))
+    for start in range(0, len(latents), 1024):  # in parts: the file may fill most of the memory
+        finite = torch.isfinite(latents[start : start + 1024]).flatten(1).all(1)
+        if not bool(finite.all()):
+            raise ValueError(f"{path}: latents of sample {start + int(finite.int().argmin())} hold NaN or infinity")
     return LatentBatches(latents, labels)
 
 
-def _check_labels(data: str, largest: int, classes: int) -> None:
-    if largest >= classes:
-        raise ValueError(f"{data} has class {largest}, the model has classes 0..{classes - 1}")
+def _check_labels(data: str, largest: int, classes: int, *, smallest: int = 0) -> None:
+    if largest >= classes or smallest < 0:
+        wrong = largest if largest >= classes else smallest
+        raise ValueError(f"{data} has class {wrong}, the model has classes 0..{classes - 1}")
 
 
 def finetune(
@@ -180,18 +216,25 @@ def finetune(
         on_step: called with the number of optimizer steps done.
 
     Returns:
-        What metrics.json holds.
+        What metrics.json holds. Where ``out`` holds the result of this very run, nothing is trained.
 
     Raises:
-        ValueError: data or settings that do not go with the model.
+        ValueError: data or settings that do not go with the model, or a folder with the result of another run.
     """
     fit_settings, settings, out = fit_settings or default_fit_settings(), settings or FlexDiTSettings(), Path(out)
+    settings.check()
+    _check_out(out)
     if settings.teacher_weight and teacher is None:
         raise ValueError(f"teacher_weight {settings.teacher_weight} needs a teacher (the dense host)")
+    fit_settings.check()
     started = time.perf_counter()
     accelerator = Accelerator()
+    if vae is not None and vae.config.latent_channels != model.config.in_channels:
+        raise ValueError(
+            f"the model works on {model.config.in_channels} channels, the vae makes {vae.config.latent_channels}"
+        )
     if isinstance(data, str):
-        scale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        scale = None if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         samples = training_batches(model, data, settings=settings, seed=fit_settings.seed, vae_scale=scale)
     else:
         samples = data
@@ -200,13 +243,18 @@ def finetune(
             frozen.requires_grad_(False).eval().to(accelerator.device)
     losses = _Losses(model, samples, fit_settings, settings, accelerator=accelerator, teacher=teacher, vae=vae)
     losses.step = _steps_done(out / "checkpoint.pt")
+    identity = _identity(model, samples, settings)
+    if (finished := _finished(out, {"fit": asdict(fit_settings), "identity": identity})) is not None:
+        if accelerator.is_main_process:
+            print(f"{out} holds the result of this very run: nothing was trained", file=sys.stderr)
+        return finished
 
     def after(step: int) -> None:
         losses.step = step
         if on_step is not None:
             on_step(step)
 
-    best, history = fit(model, losses, samples, settings=fit_settings, out=out, on_step=after)
+    best, history = fit(model, losses, samples, settings=fit_settings, out=out, on_step=after, identity=identity)
     best.eval()
     if best.has_sparse_layers:  # type: ignore[truthy-function]
         best.status = "trained"
@@ -215,6 +263,7 @@ def finetune(
         "knobs": best.knobs,
         "fit": asdict(fit_settings),
         "flexdit": asdict(settings),
+        "identity": identity,
         "samples": len(samples),
         "versions": {"sparing": sparing.__version__, "torch": torch.__version__},
         "device": str(accelerator.device),
@@ -227,8 +276,40 @@ def finetune(
     return metrics
 
 
+def _check_out(out: Path) -> None:
+    """Raises ValueError when ``out`` is, or lies below, a file."""
+    file = next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        raise ValueError(f"{file} is a file; out is the folder of the run")
+
+
 def _steps_done(checkpoint: Path) -> int:
-    return int(load_checkpoint(checkpoint)["step"]) if checkpoint.exists() else 0
+    return int(load_checkpoint(checkpoint).get("step", 0)) if checkpoint.exists() else 0
+
+
+def _identity(model: FlexDiTTransformer2DModel, samples: BatchSource, settings: FlexDiTSettings) -> dict[str, Any]:
+    """What a run must have in common with its checkpoint, besides the settings of the loop, as JSON."""
+    shape = {name: value for name, value in model.config.items() if not name.startswith("_") and name != "status"}
+    return json.loads(json.dumps({**shape, **run_identity(samples, settings)}))
+
+
+def _finished(out: Path, run: dict[str, Any]) -> dict[str, Any] | None:
+    """The metrics of the same run, where ``out`` holds its result; None where it holds none.
+
+    Raises:
+        ValueError: ``out`` holds the result of another run, or something else in the place of its metrics.
+    """
+    path = out / "metrics.json"
+    if not path.exists() or (out / "checkpoint.pt").exists():
+        return None
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        before = {**metrics["fit"], **metrics["identity"]}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not of this recipe; use another folder") from None
+    if changed := differences(before, {**run["fit"], **run["identity"]}):
+        raise ValueError(f"{out} holds the result of another run ({'; '.join(changed)}); use another folder")
+    return metrics
 
 
 class _Losses:
@@ -318,16 +399,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     wanted, fit_settings, settings = parser.parse_args_into_dataclasses(arguments)
     try:
-        model = _open(wanted)
-        vae = None
-        if wanted.vae:
-            from diffusers import AutoencoderKL
-
-            vae = AutoencoderKL.from_pretrained(wanted.vae)
+        fit_settings.check()
+        settings.check()
+        _check_out(Path(wanted.out))
+        model = _open(wanted, with_teacher=settings.teacher_weight > 0)
+        vae = open_vae(wanted.vae) if wanted.vae else None
         teacher = None
         if settings.teacher_weight:
             plain = {"num_pooling": 0, "num_sdtm": 0, "num_dense_top": model.config.num_layers}
-            teacher = FlexDiTTransformer2DModel.from_host(wanted.host, timing=wanted.timing, **plain)
+            teacher = FlexDiTTransformer2DModel.from_host(wanted.host, timing=wanted.timing, check_finite=True, **plain)
         metrics = finetune(
             model,
             wanted.data,
@@ -338,34 +418,65 @@ def main(arguments: list[str] | None = None) -> int:
             vae=vae,
         )
     except (ValueError, TypeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if Accelerator().is_main_process:
         print(f"loss {metrics['history'][-1]['loss']:.4f}; model in {wanted.out}")
     return 0
 
 
-def _open(wanted: Any) -> FlexDiTTransformer2DModel:
+def _open(wanted: Any, *, with_teacher: bool) -> FlexDiTTransformer2DModel:
     """The FlexDiT to train: converted from a host, or read from its own folder."""
-    config = Path(wanted.host) / "config.json"
-    table: Any = json.loads(wanted.density_table) if wanted.density_table.startswith("[") else wanted.density_table
-    if config.exists() and json.loads(config.read_text())["_class_name"] == FlexDiTTransformer2DModel.__name__:
+    table = _parse_table(wanted.density_table)
+    if _class_name(Path(wanted.host) / "config.json") == FlexDiTTransformer2DModel.__name__:
+        given = [name for name, value in (("split", wanted.split), ("timing", wanted.timing != "host")) if value]
+        if given:
+            raise ValueError(
+                f"{wanted.host} is a FlexDiT already, with its own layout and timing: leave out --{given[0]}"
+            )
+        if with_teacher:
+            raise ValueError(f"{wanted.host} is a FlexDiT: teacher_weight needs its dense host as --host")
         model = FlexDiTTransformer2DModel.from_pretrained(wanted.host)
-        if table:
+        check_finite(model.state_dict())
+        if table != "":
             model.set_density(table)
         return model
     layout: dict[str, Any] = {}
     if wanted.split:
-        numbers = [int(part) for part in wanted.split.split(",")]
-        if len(numbers) != 7:
-            raise ValueError(f"split {wanted.split!r} must give P,K,merge,sparse,recover,dense,T")
+        parts = wanted.split.split(",")
+        if len(parts) != 7 or not all(part.strip().isdecimal() for part in parts):
+            raise ValueError(f"split {wanted.split!r} must give P,K,merge,sparse,recover,dense,T in whole numbers")
+        numbers = [int(part) for part in parts]
         layout = {
             "num_pooling": numbers[0],
             "num_sdtm": numbers[1],
             "sdtm_group": numbers[2:6],
             "num_dense_top": numbers[6],
         }
-    return FlexDiTTransformer2DModel.from_host(wanted.host, density_table=table or None, timing=wanted.timing, **layout)
+    return FlexDiTTransformer2DModel.from_host(
+        wanted.host, density_table=None if table == "" else table, timing=wanted.timing, check_finite=True, **layout
+    )
+
+
+def _parse_table(text: str) -> Any:
+    """``--density_table``: a JSON list, or as :meth:`DensityTable.of` takes a text."""
+    if not text.lstrip().startswith("["):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ValueError(f"density_table {text!r} is no list [[t, side], ...] or [[t, h, w], ...] in JSON") from None
+
+
+def _class_name(config: Path) -> str | None:
+    """The class that a ``config.json`` names, where there is such a file and it names one."""
+    if not config.is_file():
+        return None
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{config} is not JSON") from None
+    return content.get("_class_name") if isinstance(content, dict) else None
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ is complete, a latent one needs ``--vae``), or a folder of a whole pipeline, a d
 same function is ``sparing generate``.
 """
 
+import inspect
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,35 +24,51 @@ from torchvision.utils import make_grid
 import sparing
 from sparing.diffusion.pipelines import FlexDiTPipeline
 from sparing.diffusion.respaced import RespacedScheduler
-from sparing.media.image import write_image
+from sparing.media.image import writable_suffixes, write_image
+from sparing.media.outputs import check_output
 from sparing.zoo.registry import tagged_names
 
-__all__ = ["generate", "open_pipeline", "open_stored", "open_transformer"]
+__all__ = ["generate", "open_pipeline", "open_stored", "open_transformer", "open_vae", "parse_class", "sample_seeds"]
 
 
 def open_pipeline(model: str | Path | nn.Module | FlexDiTPipeline, *, vae: str | Path | None = None) -> FlexDiTPipeline:
     """A pipeline from a live transformer or pipeline, a folder of either, or a name of the zoo.
 
     Raises:
-        ValueError: a latent-space model without a VAE, a folder that holds neither, or a name without weights.
+        ValueError: a latent-space model without a VAE, a VAE of other latents or where a pipeline has its own, a model
+            of another kind, a folder that holds neither, or a name without weights.
         FileNotFoundError: no such folder.
     """
+    stands_alone = isinstance(model, (str, Path)) and (Path(model) / "model_index.json").exists()
+    if vae is not None and (stands_alone or isinstance(model, FlexDiTPipeline)):
+        raise ValueError("a pipeline brings its own decoder: leave vae out")
     if isinstance(model, FlexDiTPipeline):
         return model
-    if isinstance(model, (str, Path)) and (Path(model) / "model_index.json").exists():
-        stored = open_stored(model)
+    if stands_alone:
+        stored = open_stored(model)  # type: ignore[arg-type]
+        if isinstance(stored, FlexDiTPipeline):
+            return stored
         if "transformer" not in stored.components or "text_encoder" in stored.components:
             raise ValueError(
                 f"{str(model)!r} is a {type(stored).__name__}; generate takes class-conditional transformers"
             )
         names = {index: name for name, index in stored.labels.items()}
         return FlexDiTPipeline(stored.transformer, stored.scheduler, vae=stored.vae, id2label=names or None)
-    transformer = open_transformer(model) if isinstance(model, (str, Path)) else model
+    transformer: Any = open_transformer(model) if isinstance(model, (str, Path)) else model
+    takes_classes = "class_labels" in inspect.signature(transformer.forward).parameters
+    if not takes_classes or not hasattr(getattr(transformer, "config", None), "in_channels"):
+        raise ValueError(
+            f"{str(model) if isinstance(model, (str, Path)) else 'the model'!r} is a {type(transformer).__name__}; "
+            "generate takes class-conditional diffusion transformers (DiT, FlexDiT)"
+        )
     decoder = None
     if vae is not None:
-        from diffusers import AutoencoderKL
-
-        decoder = AutoencoderKL.from_pretrained(str(vae))
+        decoder = open_vae(vae)
+        if decoder.config.latent_channels != transformer.config.in_channels:
+            raise ValueError(
+                f"the model works on {transformer.config.in_channels} channels, the decoder in {str(vae)!r} on "
+                f"{decoder.config.latent_channels}"
+            )
     elif transformer.config.in_channels not in (1, 3):
         raise ValueError(
             f"this model works on latents of {transformer.config.in_channels} channels: pass vae, the folder of its "
@@ -60,18 +78,83 @@ def open_pipeline(model: str | Path | nn.Module | FlexDiTPipeline, *, vae: str |
 
 
 def open_stored(pipeline: str | Path) -> Any:
-    """Any diffusers pipeline, from a folder or the hub.
+    """A FlexDiTPipeline or any pipeline of diffusers, from a folder or the hub.
 
     Raises:
         FileNotFoundError: no such folder, and no hub id.
         OSError: the folder or repository holds no pipeline.
+        ValueError: a pipeline of a class that is neither ours nor of diffusers, or one whose files cannot be read.
     """
     from diffusers import DiffusionPipeline
 
     name = str(pipeline)
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"no such folder: {name!r}, nor is it a hub id OWNER/REPO")
-    return DiffusionPipeline.from_pretrained(name)
+    index = Path(name) / "model_index.json"
+    opener = _pipeline_class(index) if index.exists() else DiffusionPipeline
+    try:
+        return opener.from_pretrained(name)
+    except (ValueError, TypeError, OSError, ImportError):
+        raise
+    except Exception as error:  # whatever damaged files make the readers of the components raise
+        raise ValueError(f"pipeline {name!r} cannot be loaded ({type(error).__name__}): {error}") from error
+
+
+def _pipeline_class(index: Path) -> Any:
+    """The class that a ``model_index.json`` names, ours or one of diffusers."""
+    import diffusers
+
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{index} is not JSON: {error}") from error
+    wanted = content.get("_class_name") if isinstance(content, dict) else None
+    if wanted == FlexDiTPipeline.__name__:
+        return FlexDiTPipeline
+    found = getattr(diffusers, wanted, None) if isinstance(wanted, str) else None
+    if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
+        raise ValueError(f"{index} names the class {wanted!r}, which is no pipeline of diffusers or of this library")
+    return found
+
+
+def open_vae(folder: str | Path) -> Any:
+    """An ``AutoencoderKL`` from its folder or hub id.
+
+    Raises:
+        ValueError: a folder of a pipeline or of another class, or weights that cannot be read.
+        OSError: nothing is there.
+    """
+    from diffusers import AutoencoderKL
+
+    name = str(folder)
+    if (Path(name) / "model_index.json").exists():
+        raise ValueError(f"{name!r} is the folder of a pipeline; give that of its decoder, {str(Path(name) / 'vae')!r}")
+    wanted = AutoencoderKL.load_config(name).get("_class_name")
+    if wanted != AutoencoderKL.__name__:
+        raise ValueError(f"{name!r} holds a model of class {wanted!r}; an AutoencoderKL is needed")
+    try:
+        return AutoencoderKL.from_pretrained(name)
+    except (ValueError, TypeError, OSError):
+        raise
+    except Exception as error:  # whatever damaged weights make the reader raise
+        raise ValueError(f"decoder {name!r} cannot be loaded ({type(error).__name__}): {error}") from error
+
+
+def parse_class(text: str) -> int | str:
+    """A class as a person writes it: an index, or else a name."""
+    return int(text) if re.fullmatch(r"-?[0-9]+", text) else text
+
+
+def sample_seeds(seed: int, count: int) -> list[int]:
+    """The seed of each sample.
+
+    Raises:
+        ValueError: ``seed`` is too large for torch's generators.
+    """
+    seeds = [seed * 1_000_003 + i for i in range(count)]
+    if not all(-(2**63) <= number < 2**63 for number in seeds):
+        raise ValueError(f"seed must lie within -9e12 and 9e12, got {seed}")
+    return seeds
 
 
 def open_transformer(model: str | Path) -> Any:
@@ -127,12 +210,14 @@ def generate(
     for name, number in (("steps", steps), ("per_class", per_class), ("batch_size", batch_size), ("enlarge", enlarge)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
+    if out is not None:
+        check_output(out, suffixes=writable_suffixes())
     pipeline = open_pipeline(model, vae=vae)
     if device is not None:
         pipeline.to(device)
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty())
     labels = [label for label in classes for _ in range(per_class)]
-    seeds = [seed * 1_000_003 + i for i in range(len(labels))]
+    seeds = sample_seeds(seed, len(labels))
     parts = []
     for start in range(0, len(labels), batch_size):
         chunk = slice(start, start + batch_size)
@@ -185,13 +270,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     (wanted,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses(arguments)
     given = asdict(wanted)
-    model, classes = given.pop("model"), [int(c) if c.lstrip("-").isdigit() else c for c in given.pop("classes")]
+    model, classes = given.pop("model"), [parse_class(text) for text in given.pop("classes")]
     for name in ("density", "vae", "device"):
         given[name] = given[name] or None
     try:
         made = generate(model, classes, **given)
     except (ValueError, TypeError, OSError, json.JSONDecodeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"{len(made['images'])} images in {made['out']} (model: {made['status']})")
     return 0

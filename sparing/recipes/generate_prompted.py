@@ -12,6 +12,7 @@ pipelines). The suffix of ``--out`` must go with what the pipeline makes: images
 import contextlib
 import inspect
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,12 +25,14 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
+from sparing.diffusion.density import PUBLISHED_RATES, DensityTable, parse_density
 from sparing.diffusion.density_control import DensityControlled
 from sparing.diffusion.search.samples import Kind, read_output, sample_rate_of
 from sparing.media.audio import write_audio
 from sparing.media.image import write_image
+from sparing.media.outputs import check_output
 from sparing.media.video import write_gif, write_video
-from sparing.recipes.generate import open_stored, open_transformer
+from sparing.recipes.generate import open_stored, open_transformer, sample_seeds
 
 __all__ = ["generate_prompted", "open_prompted"]
 
@@ -92,7 +95,8 @@ def generate_prompted(
         prompts: texts.
         out: file; None writes nothing. Its suffix goes with the pipeline: see the module.
         steps: denoiser steps.
-        density: one sparse grid for all steps, of a FlexDiT; None: its own schedule.
+        density: one sparse grid for all steps, of a FlexDiT, in tokens (or a share) of the grid that is sampled; or a
+            schedule; None: its own schedule.
         guidance_scale: None: the pipeline's own.
         height, width: pixels; None: the pipeline's own.
         frames: of a video; None: the pipeline's own number.
@@ -113,6 +117,12 @@ def generate_prompted(
     for name, number in (("steps", steps), ("batch_size", batch_size), ("rate", rate), ("enlarge", enlarge)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
+    for name, pixels in (("height", height), ("width", width)):
+        if pixels is not None and pixels < 1:
+            raise ValueError(f"{name} must be at least 1, got {pixels}")
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale}")
+    seeds = sample_seeds(seed, len(prompts))
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError("give at least one prompt, and none that is empty")
     pipe = open_prompted(pipeline, twin=twin)
@@ -120,24 +130,30 @@ def generate_prompted(
     kind = _kind_of(pipe, accepted)
     if out is not None and Path(out).suffix.lower() not in SUFFIXES[kind]:
         raise ValueError(f"{type(pipe).__name__} makes {kind}: give out with {' or '.join(SUFFIXES[kind])}, not {out}")
+    if out is not None:
+        check_output(out)
+    denoiser = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
     arguments: dict[str, Any] = {**call, "num_inference_steps": steps}
     given = {"guidance_scale": guidance_scale, "height": height, "width": width}
     arguments |= {name: value for name, value in given.items() if value is not None}
+    length = next((name for name in _LENGTHS if name in accepted), None)
     if frames is not None:
-        length = next((name for name in _LENGTHS if name in accepted), None)
         if length is None or frames < 1:
             raise ValueError(f"frames={frames}: {type(pipe).__name__} makes {kind}" if length is None else "frames < 1")
         arguments[length] = frames
     unknown = [name for name in arguments if name not in accepted]
     if unknown:
         raise ValueError(f"{type(pipe).__name__} takes no {', '.join(unknown)}")
+    if length is not None:
+        most = getattr(getattr(denoiser, "config", None), "video_length", None)
+        wanted = arguments.get(length, accepted[length].default)
+        if most is not None and isinstance(wanted, int) and wanted > most:
+            raise ValueError(f"frames={wanted}: this model makes 1..{most}")
     if device is not None:
         pipe.to(device)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
-    seeds = [seed * 1_000_003 + i for i in range(len(prompts))]
-    denoiser = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
     parts = []
-    with _at_density(denoiser, density):
+    with _at_density(denoiser, density, at_own_size=height is None and width is None):
         for start in range(0, len(prompts), batch_size):
             chunk = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(s) for s in seeds[chunk]]
@@ -174,19 +190,34 @@ def _samples(pipe: Any, prompts: list[str], generators: list[torch.Generator], a
 
 
 @contextlib.contextmanager
-def _at_density(denoiser: Any, density: Any) -> Iterator[None]:
+def _at_density(denoiser: Any, density: Any, *, at_own_size: bool) -> Iterator[None]:
     """The knob turned while samples are made, and turned back."""
     if density is None:
         yield
         return
-    if not isinstance(denoiser, DensityControlled):
+    if not isinstance(denoiser, DensityControlled) or not denoiser.has_sparse_layers:
         raise ValueError(f"{type(denoiser).__name__} is dense: it has no density to set, got {density!r}")
+    if not _is_schedule(density):
+        if at_own_size:  # told before the text is encoded; at another size the first step tells
+            parse_density(density, grid=denoiser.base_grid)
+        with denoiser.at_density(density):
+            yield
+        return
     before = denoiser.density_table
-    denoiser.set_density(int(density) if str(density).isdigit() else density)
+    denoiser.set_density(density)
     try:
         yield
     finally:
         denoiser.set_density(before)
+
+
+def _is_schedule(density: Any) -> bool:
+    """Whether it says more than one grid for all steps: a table, its entries, or a published name."""
+    if isinstance(density, (int, float)):
+        return False
+    if isinstance(density, str):
+        return density in PUBLISHED_RATES
+    return isinstance(density, DensityTable) or not all(isinstance(side, int) for side in density)
 
 
 def _write(samples: Tensor, kind: Kind, out: Path, *, rate: int, enlarge: int, sample_rate: int | None) -> Path:
@@ -240,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         made = generate_prompted(pipeline, prompts, **given)
     except (ValueError, TypeError, OSError, ImportError, json.JSONDecodeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"{made['kind']} of {len(prompts)} prompts in {made['out']} (denoiser: {made['status']})")
     return 0

@@ -32,6 +32,7 @@ from sparing.continual import RecyclingPositionalEncoding
 from sparing.continual.twin import ContinualTwin
 from sparing.recipes.clip_data import ClipBatches, ClipFormat, ClipSet, open_clips
 from sparing.training import Batch, BatchSource, FitSettings, fit, shift_and_flip, uniforms, write_json
+from sparing.training.loop import run_identity
 
 __all__ = ["ClipSettings", "clip_accuracy", "clip_format", "normalise", "train_clip"]
 
@@ -183,7 +184,16 @@ def train_clip(
     def evaluate(module: nn.Module, accelerator: Accelerator) -> dict[str, float]:
         return {"test_accuracy": clip_accuracy(module, tests, accelerator=accelerator, **options)}
 
-    best, history = fit(model, loss_of, batches, settings=fit_settings, out=out, evaluate=evaluate, on_step=on_step)
+    best, history = fit(
+        model,
+        loss_of,
+        batches,
+        settings=fit_settings,
+        out=out,
+        evaluate=evaluate,
+        on_step=on_step,
+        identity={**run_identity(batches, settings), "classes": list(training.class_names)},
+    )
     best.status = "trained"  # type: ignore[assignment]
     metrics = {
         "data": str(data).rstrip("/").rpartition("/")[2],

@@ -35,6 +35,7 @@ from sparing.training import (
     image_batches,
     write_json,
 )
+from sparing.training.loop import run_identity
 
 __all__ = ["TrainSettings", "accuracy", "save_model", "train"]
 
@@ -99,7 +100,15 @@ def train(
         return {"test_accuracy": accuracy(module, testing, accelerator=accelerator)}
 
     best, history = fit(
-        model, loss_of, training, settings=fit_settings, out=out, fresh=fresh, evaluate=evaluate, on_step=on_step
+        model,
+        loss_of,
+        training,
+        settings=fit_settings,
+        out=out,
+        fresh=fresh,
+        evaluate=evaluate,
+        on_step=on_step,
+        identity=run_identity(training, settings, image_settings),
     )
     if hasattr(best, "status"):
         best.status = "trained"

@@ -1,6 +1,8 @@
 """From a data set and an order of sample indices to batches of normalised tensors."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -10,9 +12,11 @@ from torch.utils.data import DataLoader, Dataset
 from sparing.training.readers import ImageSet, TensorImages
 from sparing.training.seeding import seeded
 
-__all__ = ["Batch", "BatchSource", "FileBatches", "MemoryBatches"]
+__all__ = ["Batch", "BatchSource", "FileBatches", "MemoryBatches", "fingerprint"]
 
 _TRANSFORM_STREAM = 5
+_FINGERPRINT_SAMPLES = 256
+_FINGERPRINT_FILES = 16
 
 
 class Batch(NamedTuple):
@@ -35,6 +39,17 @@ class BatchSource(Protocol):
         """Batches of the samples in ``order``; the last may be smaller."""
 
 
+def fingerprint(samples: Tensor, labels: Tensor) -> str:
+    """A short text that other data of the same shape very probably do not have: of all labels, and of samples at even
+    distances.
+    """
+    stride = max(1, len(samples) // _FINGERPRINT_SAMPLES)
+    digest = hashlib.sha256(str((tuple(samples.shape), samples.dtype)).encode())
+    for tensor in (samples[::stride], labels):
+        digest.update(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 class MemoryBatches:
     """Batches of a data set in memory; augmentation works on the whole batch.
 
@@ -55,6 +70,7 @@ class MemoryBatches:
     ) -> None:
         self.data = data
         self.augment = augment
+        self.fingerprint = fingerprint(data.images, data.labels)
         self.num_classes = int(data.labels.max()) + 1
         self.scale = 1.0 / (255.0 * torch.tensor(std)[:, None, None])
         self.offset = torch.tensor(mean)[:, None, None] / torch.tensor(std)[:, None, None]
@@ -95,6 +111,16 @@ class FileBatches:
         self.dataset = _Transformed(data, transform, seed)
         self.num_workers = num_workers
         self.num_classes = len(data.class_names)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the names of classes and a few decoded images at even distances."""
+        data = self.dataset.data
+        digest = hashlib.sha256(str((len(data), data.class_names)).encode())
+        for index in range(0, len(data), max(1, len(data) // _FINGERPRINT_FILES)):
+            image, label = data.read(index)
+            digest.update(f"{image.size}{label}".encode() + image.tobytes())
+        return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.dataset.data)

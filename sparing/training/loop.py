@@ -1,8 +1,10 @@
 """One training loop as a function: accumulation, schedule, EMA, checkpoints, exact resume, one process or DDP."""
 
 import contextlib
+import json
+import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,10 @@ from sparing.training.progress import progress
 from sparing.training.schedule import set_learning_rates, warmup_cosine
 from sparing.training.seeding import epoch_order, sample_keys
 
-__all__ = ["FitSettings", "fit"]
+__all__ = ["FitSettings", "differences", "fit", "run_identity"]
 
 _STEP_STREAM = 4
+_SPEED_ONLY = ("num_workers", "cache_mb")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,20 @@ class FitSettings:
     precision: str = field(default="fp32", metadata={"help": "fp32, or bf16 on CUDA"})
     checkpoint_every: int = field(default=500, metadata={"help": "optimizer steps between checkpoints"})
 
+    def check(self) -> None:
+        """Raises ValueError for a setting that cannot work."""
+        for name in ("epochs", "batch_size", "accumulate", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+        if not 0.0 <= self.warmup < 1.0:
+            raise ValueError(f"warmup is a share of the steps in [0, 1), got {self.warmup}")
+        if not (math.isfinite(self.lr) and self.lr >= 0.0):
+            raise ValueError(f"lr must be a finite number, at least 0, got {self.lr}")
+
 
 def fit(
     model: nn.Module,
@@ -56,12 +73,14 @@ def fit(
     fresh: Collection[str] = (),
     evaluate: Callable[[nn.Module, Accelerator], dict[str, float]] | None = None,
     on_step: Callable[[int], None] | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """Train ``model`` and return it, or its average, with the history.
 
     ``out/checkpoint.pt`` holds all state; a later call with the same arguments goes on from it and, in one process on
     the CPU, ends with the same weights to the bit as a call that was never interrupted. It is removed by the caller
-    once what it led to has been written (see the recipes).
+    once what it led to has been written (see the recipes). A loss or weights that are not finite stop the run, and are
+    never written over a good checkpoint.
 
     Args:
         model: trained in place.
@@ -72,11 +91,14 @@ def fit(
         fresh: names of parameters that train with ``fresh_lr_multiplier``.
         evaluate: called after each epoch with the model in eval mode; its numbers go into the history.
         on_step: called after each optimizer step with the number of steps done.
+        identity: what else makes this run the one it is (loss, model, data), in JSON's kinds: a checkpoint with
+            another identity is refused.
 
     Raises:
-        ValueError: a setting that cannot work, a sharded launch (FSDP, DeepSpeed), or a checkpoint of another run.
+        ValueError: a setting that cannot work, a sharded launch (FSDP, DeepSpeed), a checkpoint of another run, or a
+            loss that is not finite.
     """
-    _check(settings)
+    settings.check()
     accelerator = Accelerator()
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
@@ -109,7 +131,12 @@ def fit(
     )
     ema = ModelEmaV3(model, decay=settings.ema_decay, use_warmup=True) if settings.ema_decay else None
     path = out / "checkpoint.pt"
-    state = {"settings": asdict(settings), "samples": len(data), "world_size": world_size}
+    state = {
+        "settings": asdict(settings),
+        "samples": len(data),
+        "world_size": world_size,
+        "identity": json.loads(json.dumps(dict(identity or {}))),
+    }
     history: list[dict[str, Any]] = []
     step, loss_sum, seconds = 0, torch.zeros((), device=accelerator.device), 0.0
     if path.exists():
@@ -117,6 +144,8 @@ def fit(
     wrapped, *optimizers = accelerator.prepare(model, *optimizers)
 
     def save() -> None:
+        loss = accelerator.reduce(loss_sum, reduction="mean").item()
+        _check_finite(loss, model, step=step, epoch=(step - 1) // steps_per_epoch + 1)
         if accelerator.is_main_process:
             own = {
                 "model": model.state_dict(),
@@ -182,8 +211,7 @@ def fit(
                     save()
             seconds += time.perf_counter() - started
             mean_loss = accelerator.reduce(loss_sum, reduction="mean").item() / steps_per_epoch
-            if not torch.isfinite(torch.tensor(mean_loss)):
-                raise ValueError(f"the loss of epoch {epoch + 1} is {mean_loss}; lower the learning rate")
+            _check_finite(mean_loss, model, step=step, epoch=epoch + 1)
             record: dict[str, Any] = {"epoch": epoch + 1, "loss": mean_loss, "train_seconds": seconds}
             if evaluate is not None:
                 record |= evaluate(ema.module if ema else model, accelerator)
@@ -194,16 +222,34 @@ def fit(
     return (ema.module if ema else model), history
 
 
-def _check(settings: FitSettings) -> None:
-    for name in ("epochs", "batch_size", "accumulate", "checkpoint_every"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
-    if settings.precision not in ("fp32", "bf16"):
-        raise ValueError(f"precision must be 'fp32' or 'bf16', got {settings.precision!r}")
-    if not 0.0 <= settings.ema_decay < 1.0:
-        raise ValueError(f"ema_decay must lie in [0, 1), got {settings.ema_decay}")
-    if not 0.0 <= settings.warmup < 1.0:
-        raise ValueError(f"warmup is a share of the steps in [0, 1), got {settings.warmup}")
+def _check_finite(loss: float, model: nn.Module, *, step: int, epoch: int) -> None:
+    """Raises ValueError when the loss or a weight is not finite."""
+    wrong = None if math.isfinite(loss) else f"the loss of epoch {epoch} is {loss}"
+    if wrong is None:
+        names = (name for name, value in model.named_parameters() if not bool(torch.isfinite(value).all()))
+        wrong = next((f"weight {name!r} holds NaN or infinity" for name in names), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{wrong} (step {step}): the data or the weights that training began from hold NaN or huge values, or the "
+            "learning rate is too high; an earlier checkpoint was kept"
+        )
+
+
+def run_identity(data: BatchSource, *settings: Any) -> dict[str, Any]:
+    """The identity of a run (see :func:`fit`) by its data and by dataclasses of settings; what only changes its speed
+    is left out.
+    """
+    fields = {name: value for part in settings for name, value in asdict(part).items() if name not in _SPEED_ONLY}
+    return {**fields, "data": getattr(data, "fingerprint", None)}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two identities of runs differ in, each as one phrase."""
+    return [
+        f"{name}: {before.get(name)} before, {now.get(name)} now"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
 
 
 def _restore(
@@ -216,6 +262,12 @@ def _restore(
     device: torch.device,
 ) -> tuple[int, list[dict[str, Any]], Tensor, float]:
     saved = load_checkpoint(path)
+    needed = (*expected, "model", "ema", "optimizers", "step", "history", "loss_sum", "seconds")
+    if lacking := [name for name in needed if name not in saved]:
+        raise ValueError(
+            f"{path} is no checkpoint of this training loop (it has no {lacking[0]!r}); use another folder or remove "
+            "the file"
+        )
     before, now = saved.get("settings", {}), expected["settings"]
     changed = [f"{name}: {before.get(name)} before, {now[name]} now" for name in now if before.get(name) != now[name]]
     changed += [
@@ -223,11 +275,18 @@ def _restore(
         for name in ("samples", "world_size")
         if saved.get(name) != expected[name]
     ]
+    changed += differences(saved["identity"], expected["identity"])
     if changed:
         raise ValueError(f"{path} belongs to another run ({'; '.join(changed)}); use another folder or remove the file")
-    model.load_state_dict(saved["model"])
-    for optimizer, content in zip(optimizers, saved["optimizers"], strict=True):
-        optimizer.load_state_dict(content)
-    if ema:
-        ema.module.load_state_dict(saved["ema"])
+    try:
+        model.load_state_dict(saved["model"])
+        for optimizer, content in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(content)
+        if ema:
+            ema.module.load_state_dict(saved["ema"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} belongs to another model ({reason}); use another folder or remove the file"
+        ) from error
     return saved["step"], saved["history"], saved["loss_sum"].to(device), saved["seconds"]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusion.conftest import build_flexdit
 
 from sparing.diffusion.density import (
     PUBLISHED_RATES,
@@ -209,3 +210,51 @@ def test_every_published_name_builds_at_its_own_grid():
     for name in PUBLISHED_RATES:
         side = {"256": 16, "512": 32}[name.split("_")[0]]
         assert DensityTable.published(name, grid=(side, side)).distinct_sides
+
+
+@pytest.mark.parametrize(
+    "density", [(2.7, 3.9), [3, 2.5], (True, 3), True, None, {}, {"a": 1}, (3,), (3, 3, 3), (3, "4"), torch.ones(2)]
+)
+def test_only_whole_sides_are_densities(density):
+    with pytest.raises(ValueError, match="density"):
+        parse_density(density, grid=(8, 8))
+    assert parse_density(torch.tensor(3), grid=(8, 8)) == (3, 3)
+    assert parse_density((torch.tensor(3), 4), grid=(8, 8)) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ([(0,)], r"entry \(0,\) of a density table"),
+        ([(0, 3, 2, 9)], r"entry \(0, 3, 2, 9\)"),
+        ([(0, 3.7), (400.9, 2)], r"entry \(0, 3\.7\)"),
+        ([(0, True)], r"entry \(0, True\)"),
+        ([[0, 3], 5], "entry 5"),
+        ([["a", 3]], r"entry \['a', 3\]"),
+        ({"a": 1}, r"is a list of .*got {'a': 1}"),
+        (None, "is a list of .*got None"),
+        ([], "at least one entry"),
+    ],
+)
+def test_malformed_tables_are_refused_by_their_entry(spec, message):
+    with pytest.raises(ValueError, match=message):
+        DensityTable.of(spec, grid=(8, 8))
+    with pytest.raises(ValueError, match=message):
+        build_flexdit().set_density(spec)
+
+
+def test_a_published_schedule_is_a_function_of_the_share_of_the_timesteps():
+    whole = DensityTable.published("256_r0.61_0.86", grid=(16, 16))
+    half = DensityTable.of("256_r0.61_0.86", grid=(16, 16), num_train_timesteps=500)
+    double = DensityTable.of("256_r0.61_0.86", grid=(16, 16), num_train_timesteps=2000)
+    assert half.num_train_timesteps == 500
+    assert [half.side(t) for t in range(500)] == [whole.side(2 * t) for t in range(500)]
+    assert [double.side(2 * t) for t in range(1000)] == [whole.side(t) for t in range(1000)]
+
+
+def test_a_table_of_another_number_of_timesteps_is_refused():
+    table = DensityTable.stages([(0, 4), (800, 2)])
+    with pytest.raises(ValueError, match="one of 1000 timesteps, the model has 500"):
+        DensityTable.of(table, grid=(8, 8), num_train_timesteps=500)
+    with pytest.raises(ValueError, match="one of 1000 timesteps, the model has 500"):
+        build_flexdit(num_train_timesteps=500).set_density(table)

@@ -1,9 +1,12 @@
 """The class-conditional FlexDiT: its blocks, densities, costs and errors (specification, section 9)."""
 
+import json
+
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from diffusion.conftest import LAYOUT, build_flexdit, build_host, inputs
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
@@ -340,7 +343,10 @@ def test_one_forward_compiles_as_one_graph_and_once_a_side():
             batch = latents, t.expand(2), labels
             want = model(*batch, density=side).sample
             torch.testing.assert_close(compiled(*batch, density=side).sample, want, atol=2e-5, rtol=2e-5)
-    assert len(graphs) == len(model.density_table.distinct_sides) == 2
+        assert len(graphs) == len(model.density_table.distinct_sides) == 2
+        for density in ([3, 4], "3x5", 0.25):  # however it is written
+            want = model(*batch, density=density).sample
+            torch.testing.assert_close(compiled(*batch, density=density).sample, want, atol=2e-5, rtol=2e-5)
 
 
 # -- hosts
@@ -424,3 +430,87 @@ def test_a_diffusers_folder_is_a_host(host, tmp_path):
 def test_the_host_class_of_diffusers_is_still_what_we_convert():
     assert issubclass(DiTTransformer2DModel, nn.Module)
     assert {"num_layers", "norm_eps"} <= set(build_host().config)
+
+
+def test_a_twin_is_in_its_hosts_mode_and_in_eval_mode_from_weights_alone(host, tmp_path):
+    host.save_pretrained(tmp_path)
+    shape = {"num_attention_heads": 4, "sample_size": 16}
+    assert not FlexDiTTransformer2DModel.from_host(host, **LAYOUT).training
+    assert not sparing.twin(host, "flexdit", **LAYOUT).training
+    assert not FlexDiTTransformer2DModel.from_host(tmp_path, **LAYOUT).training
+    assert not FlexDiTTransformer2DModel.from_host(host.state_dict(), **shape, **LAYOUT).training
+    assert FlexDiTTransformer2DModel.from_host(host.train(), **LAYOUT).training
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("missing", "proj_out_1.weight", r"1 missing, first 'proj_out_1\.weight'"),
+        ("missing", "transformer_blocks.3.attn1.to_v.weight", r"1 missing, first 'transformer_blocks\.3\.attn1"),
+        ("unexpected", "foo", "1 unexpected, first 'foo'"),
+    ],
+)
+def test_a_diffusers_folder_without_exactly_its_weights_is_refused_by_name(host, tmp_path, name, change, message):
+    host.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    if name == "missing":
+        del state[change]
+    else:
+        state[change] = torch.zeros(3)
+    save_file(state, file)
+    with pytest.raises(ValueError, match=message):
+        FlexDiTTransformer2DModel.from_host(tmp_path, **LAYOUT)
+
+
+def test_a_folder_of_another_class_is_refused_and_a_legacy_one_is_read(host, tmp_path):
+    host.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for changed, message in (
+        ({**config, "_class_name": "PixArtTransformer2DModel"}, "class 'PixArtTransformer2DModel'; a DiTTransformer2D"),
+        ({**config, "_class_name": "FlexDiTTransformer2DModel"}, "holds a FlexDiT already"),
+        ({}, "class None"),
+    ):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=message):
+            FlexDiTTransformer2DModel.from_host(tmp_path, **LAYOUT)
+    path.write_text(json.dumps({**config, "_class_name": "Transformer2DModel", "norm_type": "ada_norm_zero"}))
+    state = FlexDiTTransformer2DModel.from_host(tmp_path, **LAYOUT).state_dict()
+    live = FlexDiTTransformer2DModel.from_host(host, **LAYOUT).state_dict()
+    assert all(torch.equal(live[name], tensor) for name, tensor in state.items())
+    path.write_text(json.dumps(config))
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"junk")
+    with pytest.raises((ValueError, OSError), match=r"diffusion_pytorch_model|cannot be read"):
+        FlexDiTTransformer2DModel.from_host(tmp_path, **LAYOUT)
+
+
+def test_the_config_alone_builds_a_model_with_its_table_and_status(flexdit, tmp_path):
+    flexdit.set_density([(0, 5), (400, 3)])
+    flexdit.status = "trained"
+    again = FlexDiTTransformer2DModel.from_config(flexdit.config)
+    assert again.density_table.entries == ((0, 5, 5), (400, 3, 3))
+    assert again.status == "trained"
+    again.save_pretrained(tmp_path)
+    assert "_use_default_values" not in json.loads((tmp_path / "config.json").read_text())
+
+
+@pytest.mark.parametrize(("options", "most"), [({}, 8), ({"dynamic": False}, 5 + 3)])
+def test_repeated_blocks_compile_within_dynamos_own_limit_at_several_grids(options, most):
+    torch._dynamo.reset()
+    model = build_flexdit()
+    latents, timesteps, labels = inputs()
+    densities = (6, 5, 3) if not options else (5, 3)
+    graphs = []
+
+    def counting(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    with torch.no_grad():
+        wanted = [model(latents, timesteps, labels, density=density).sample for density in densities]
+        model.compile_repeated_blocks(fullgraph=True, backend=counting, **options)
+        for density, want in zip(densities, wanted, strict=True):
+            sample = model(latents, timesteps, labels, density=density).sample
+            torch.testing.assert_close(sample, want, atol=2e-5, rtol=2e-5)
+    assert len(graphs) <= most

@@ -185,3 +185,10 @@ def test_a_pickle_with_code_is_refused(tmp_path):
     torch.save({"model": _Harmful()}, tmp_path / "evil.pt")
     with pytest.raises(ValueError, match=r"evil\.pt cannot be read"):
         keys.read_checkpoint(tmp_path / "evil.pt")
+
+
+def test_an_unknown_timing_is_refused_for_weights_too(diffusers_state):
+    with pytest.raises(ValueError, match="timing must be 'host' or 'original', got 'nonsense'"):
+        FlexDiTTransformer2DModel.from_host(
+            diffusers_state, num_attention_heads=4, sample_size=16, timing="nonsense", **LAYOUT
+        )

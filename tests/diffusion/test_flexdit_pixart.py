@@ -271,3 +271,26 @@ def test_other_checkpoints_are_refused_by_name(tmp_path):
     bad = {**state, "blocks.1.mlp.fc1.bias": state["blocks.1.mlp.fc1.bias"] * float("nan")}
     with pytest.raises(ValueError, match="NaN or infinity"):
         convert(bad, check_finite=True)
+
+
+def test_a_twin_is_in_its_hosts_mode():
+    assert not FlexDiTPixArtTransformer2DModel.from_host(_host(), **LAYOUT).training
+    assert FlexDiTPixArtTransformer2DModel.from_host(_host().train(), **LAYOUT).training
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"timestep": torch.tensor([3, 700, 900])}, r"for 2 latents, timestep has shape \(3,\).*expected \(2,\)"),
+        ({"timestep": torch.tensor([[3], [700]])}, r"timestep has shape \(2, 1\)"),
+        ({"encoder_hidden_states": torch.zeros(1, 5, 12)}, r"encoder_hidden_states \(1, 5, 12\); .* \(2, L, 12\)"),
+        ({"encoder_hidden_states": torch.zeros(2, 5, 11)}, r"\(2, 5, 11\); expected \(2, L, 12\)"),
+        ({"encoder_attention_mask": torch.ones(1, 5)}, r"mask has shape \(1, 5\).*expected \(2, "),
+        ({"encoder_attention_mask": torch.ones(2, 3)}, r"mask has shape \(2, 3\).*expected \(2, "),
+    ],
+)
+@pytest.mark.parametrize("table", [3, [(0, 3), (500, 2)]])
+def test_timesteps_and_texts_of_another_batch_are_refused_by_shape(change, message, table):
+    model = FlexDiTPixArtTransformer2DModel.from_host(_host(), **LAYOUT, density_table=table)
+    with pytest.raises(ValueError, match=message):
+        model(**{**_inputs(), **change})

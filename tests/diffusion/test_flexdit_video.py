@@ -209,3 +209,26 @@ def test_latte_pipeline_runs_it_unmodified():
         generator=torch.Generator().manual_seed(0),
     ).frames
     assert frames.shape == (1, 4, 3, 8, 8)
+
+
+def test_a_twin_is_in_its_hosts_mode():
+    assert not FlexDiTVideoTransformer3DModel.from_host(_host(), **LAYOUT).training
+    assert FlexDiTVideoTransformer3DModel.from_host(_host().train(), **LAYOUT).training
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"timestep": torch.tensor([3, 700, 900])}, r"for 2 latents, timestep has shape \(3,\).*expected \(2,\)"),
+        ({"timestep": torch.tensor([[3], [700]])}, r"timestep has shape \(2, 1\)"),
+        ({"encoder_hidden_states": torch.zeros(1, 5, 12)}, r"encoder_hidden_states \(1, 5, 12\); .* \(2, L, 12\)"),
+        ({"encoder_hidden_states": torch.zeros(2, 5, 11)}, r"\(2, 5, 11\); expected \(2, L, 12\)"),
+        ({"encoder_attention_mask": torch.ones(1, 5)}, r"mask has shape \(1, 5\).*expected \(2, "),
+        ({"encoder_attention_mask": torch.ones(2, 3)}, r"mask has shape \(2, 3\).*expected \(2, "),
+    ],
+)
+@pytest.mark.parametrize("table", [3, [(0, 3), (500, 2)]])
+def test_timesteps_and_texts_of_another_batch_are_refused_by_shape(change, message, table):
+    model = FlexDiTVideoTransformer3DModel.from_host(_host(), **LAYOUT, density_table=table)
+    with pytest.raises(ValueError, match=message):
+        model(**{**_inputs(), **change})

@@ -13,6 +13,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
 )
+from diffusers.hooks import FirstBlockCacheConfig
 from diffusion.conftest import build_flexdit, build_host, inputs, randomise
 
 from sparing.diffusion import FlexDiTPipeline, RespacedScheduler, guided
@@ -293,3 +294,63 @@ def test_a_step_sequence_reads_no_timestep_from_the_model(monkeypatch):
     assert looked_up == [3]  # once, for the whole schedule
     pipeline.transformer(*batch)
     assert looked_up == [3, 2]
+
+
+def test_sampling_drops_no_label_and_gives_the_mode_of_every_module_back():
+    model = build_flexdit(class_dropout_prob=0.9)
+    wanted = _pipeline(model)([1, 2], num_inference_steps=2, generator=_seeded(), output_type="latent").images
+    model.train()
+    model.transformer_blocks[0].eval()
+    images = _pipeline(model)([1, 2], num_inference_steps=2, generator=_seeded(), output_type="latent").images
+    assert torch.equal(images, wanted)
+    assert model.training
+    assert model.time_class_embed.class_embedder.training
+    assert not model.transformer_blocks[0].training
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_run_that_broke_off_leaves_nothing_in_the_first_block_cache(error):
+    model = build_flexdit()
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+    pipeline = _pipeline(model)
+    arguments = {"num_inference_steps": 6, "output_type": "latent"}
+
+    def stop(pipe, step, timestep, tensors):
+        if step == 2:
+            raise error
+
+    wanted = pipeline([1, 2], generator=_seeded(), **arguments).images
+    with pytest.raises(error):
+        pipeline([1, 2], generator=_seeded(), callback_on_step_end=stop, **arguments)
+    assert torch.equal(pipeline([1, 2], generator=_seeded(), **arguments).images, wanted)
+    with pytest.raises(error):
+        pipeline([1, 2], generator=_seeded(), callback_on_step_end=stop, **arguments)
+    assert pipeline([1], generator=_seeded(), **arguments).images.shape == (1, 4, 16, 16)
+
+
+def test_the_names_of_classes_are_saved_with_the_pipeline(tmp_path):
+    _pipeline(id2label={0: "cat, kitty", 7: "dog"}).save_pretrained(tmp_path)
+    again = FlexDiTPipeline.from_pretrained(tmp_path)
+    assert again.labels == {"cat": 0, "kitty": 0, "dog": 7}
+    again.save_pretrained(tmp_path / "twice")
+    assert FlexDiTPipeline.from_pretrained(tmp_path / "twice").label_indices(["kitty", "dog"]) == [0, 7]
+
+
+@pytest.mark.parametrize(
+    ("labels", "arguments", "message"),
+    [
+        ([1.7], {}, r"class 1\.7 is neither an index nor a name"),
+        ([True], {}, "class True is neither"),
+        ([None], {}, "class None is neither"),
+        ([1], {"guidance_channels": 0}, r"guidance_channels must be in 1\.\.4, got 0"),
+        ([1], {"guidance_channels": -1}, r"in 1\.\.4, got -1"),
+        ([1], {"guidance_channels": 5}, r"in 1\.\.4, got 5"),
+        ([1], {"guidance_scale": float("nan")}, "finite number, got nan"),
+        ([1], {"height": 0}, "height and width must be at least 1, got 0 and None"),
+        ([1], {"width": -4}, "got None and -4"),
+    ],
+)
+def test_impossible_labels_and_guidance_are_refused_by_value(labels, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        _pipeline()(labels, num_inference_steps=1, **arguments)
+    assert _pipeline().label_indices(torch.tensor([1, 2])) == [1, 2]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from diffusion.conftest import build_flexdit, build_host
 from PIL import Image
 from safetensors.torch import save_file
@@ -135,3 +136,178 @@ def test_images_of_a_folder_train_a_pixel_space_model_and_wrong_data_is_refused(
     save_file({"latents": torch.zeros(3, 4, 4, 4), "labels": torch.zeros(3)}, tmp_path / "small.safetensors")
     with pytest.raises(ValueError, match=r"latents \(3, 4, 4, 4\).*takes \(count, 4, 8, 8\)"):
         finetune(_model(), str(tmp_path / "small.safetensors"), out=tmp_path / "x")
+
+
+def _stopped(out, *, settings=None, data=None, step=4):
+    """A run that ended after ``step`` steps."""
+
+    def stop(done):
+        if done == step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(
+            _model(),
+            data or _latents(),
+            out=out,
+            fit_settings=_settings(checkpoint_every=1),
+            settings=settings,
+            on_step=stop,
+        )
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        ({"density_table": 4}, {}, r"density_table: \[\[0, 3, 3\], \[400, 2, 2\]\] before, \[\[0, 4, 4\]\] now"),
+        ({}, {"mode": "mixed"}, "mode: bucket before, mixed now"),
+        ({}, {"min_snr_gamma": 0.0}, r"min_snr_gamma: 5\.0 before, 0\.0 now"),
+        ({}, {"warm_share": 1.0}, "warm_share"),
+        ({"timestep_freq_shift": 1}, {}, "timestep_freq_shift"),
+        ({"num_pooling": 2, "sdtm_group": [1, 1, 1, 0]}, {}, "num_pooling: 1 before, 2 now; sdtm_group"),
+    ],
+)
+def test_resuming_with_another_recipe_is_refused_with_the_fields_that_differ(tmp_path, model, settings, message):
+    _stopped(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        finetune(
+            _model(**model),
+            _latents(),
+            out=tmp_path,
+            fit_settings=_settings(checkpoint_every=1),
+            settings=FlexDiTSettings(**settings),
+        )
+
+
+def test_resuming_on_other_data_of_the_same_size_is_refused(tmp_path):
+    _stopped(tmp_path)
+    data = _latents()
+    for other in (
+        LatentBatches(data.latents.flip(0), data.labels),
+        LatentBatches(data.latents, data.labels.flip(0)),
+    ):
+        with pytest.raises(ValueError, match=r"another run .data: "):
+            finetune(_model(), other, out=tmp_path, fit_settings=_settings(checkpoint_every=1))
+
+
+def test_a_checkpoint_of_something_else_is_refused_in_words(tmp_path):
+    torch.save({"a": 1}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="no checkpoint of this training loop"):
+        finetune(_model(), _latents(), out=tmp_path, fit_settings=_settings())
+
+
+def test_a_finished_run_is_said_to_be_finished_and_never_overwritten(tmp_path, capsys):
+    first = finetune(_model(), _latents(), out=tmp_path, fit_settings=_settings())
+    weights = (tmp_path / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    steps = []
+    again = finetune(_model(), _latents(), out=tmp_path, fit_settings=_settings(), on_step=steps.append)
+    assert steps == []
+    assert again["history"] == first["history"]
+    assert "nothing was trained" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"result of another run .epochs: 2 before, 3 now"):
+        finetune(_model(), _latents(), out=tmp_path, fit_settings=_settings(epochs=3))
+    assert (tmp_path / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == weights
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents": "nan"}, "latents of sample 5 hold NaN or infinity"),
+        ({"latents": "empty", "labels": "empty"}, "holds no latents"),
+        ({"labels": "float"}, r"labels are torch\.float32; integers are needed"),
+        ({"labels": "negative"}, r"has class -1, the model has classes 0\.\.9"),
+        ({"latents": None}, r"holds \['labels'\]; 'latents' and 'labels' are needed"),
+    ],
+)
+def test_bad_latents_files_are_refused_by_name(tmp_path, change, message):
+    data = _latents()
+    changes = {
+        "nan": data.latents.index_fill(0, torch.tensor(5), float("nan")),
+        "empty": data.latents[:0] if "latents" in change else data.labels[:0],
+        "float": data.labels + 0.7,
+        "negative": data.labels - 1,
+        None: None,
+    }
+    tensors = {"latents": data.latents, "labels": data.labels} | {name: changes[what] for name, what in change.items()}
+    if change.get("labels") == "empty":
+        tensors["labels"] = data.labels[:0]
+    save_file({name: value for name, value in tensors.items() if value is not None}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=message):
+        finetune(_model(), str(tmp_path / "x.safetensors"), out=tmp_path / "out", fit_settings=_settings())
+
+
+def test_a_host_with_nan_is_refused_before_training(tmp_path, capsys):
+    data = _latents()
+    save_file({"latents": data.latents, "labels": data.labels}, tmp_path / "latents.safetensors")
+    host = build_host(num_layers=6, sample_size=8)
+    with torch.no_grad():
+        host.proj_out_1.weight.fill_(float("nan"))
+    host.save_pretrained(tmp_path / "dit")
+    arguments = ["--host", str(tmp_path / "dit"), "--data", str(tmp_path / "latents.safetensors")]
+    arguments += ["--out", str(tmp_path / "out"), "--split", "1,1,1,1,1,1,1", "--batch_size", "8"]
+    assert recipe.main(arguments) == 2
+    assert "weights hold NaN or infinity: first in 'proj_out_1.weight'" in capsys.readouterr().err
+
+
+def test_options_that_do_not_go_together_are_one_line(tmp_path, capsys):
+    build_host(num_layers=6, sample_size=8).save_pretrained(tmp_path / "dit")
+    build_host(num_layers=6, sample_size=8).save_pretrained(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    build_host(num_layers=6, sample_size=8).save_pretrained(tmp_path / "broken")
+    (tmp_path / "broken" / "config.json").write_text("{")
+    _model().save_pretrained(tmp_path / "own")
+    _vae(latent_channels=4).save_pretrained(tmp_path / "vae")
+    data = _latents()
+    save_file({"latents": data.latents, "labels": data.labels}, tmp_path / "latents.safetensors")
+    (tmp_path / "file").write_text("x")
+    arguments = ["--host", str(tmp_path / "dit"), "--data", str(tmp_path / "latents.safetensors")]
+    arguments += ["--out", str(tmp_path / "out"), "--epochs", "1", "--batch_size", "8"]
+    split = ["--split", "1,1,1,1,1,1,1"]
+    own = ["--host", str(tmp_path / "own")]
+    for change, message in (
+        ([*own, *split], "is a FlexDiT already, with its own layout and timing: leave out --split"),
+        ([*own, "--timing", "original"], "leave out --timing"),
+        ([*own, "--teacher_weight", "1"], "is a FlexDiT: teacher_weight needs its dense host"),
+        ([*split, "--vae", str(tmp_path / "vae")], "holds latents: a vae encodes images, leave it out"),
+        ([*split, "--vae", str(tmp_path / "dit")], "an AutoencoderKL is needed"),
+        ([*split, "--host", str(tmp_path / "empty")], "class None"),
+        ([*split, "--host", str(tmp_path / "broken")], "is not JSON"),
+        ([*split, "--batch_size", "0"], "batch_size must be at least 1, got 0"),
+        ([*split, "--accumulate", "0"], "accumulate must be at least 1, got 0"),
+        ([*split, "--min_snr_gamma", "-1"], "min_snr_gamma must be a finite number, at least 0, got -1.0"),
+        ([*split, "--warm_share", "2"], "warm_share is a share of the steps in [0, 1], got 2.0"),
+        ([*split, "--teacher_weight", "-1"], "teacher_weight must be a finite number, at least 0, got -1.0"),
+        ([*split, "--mode", "x"], "mode must be 'bucket', 'piecewise' or 'mixed', got 'x'"),
+        ([*split, "--timing", "x"], "timing must be 'host' or 'original', got 'x'"),
+        (["--split", "1,a,1,1,1,1,1"], "split '1,a,1,1,1,1,1' must give P,K"),
+        ([*split, "--density_table", "[[0,3]"], "density_table '[[0,3]' is no list [[t, side], ...]"),
+        ([*split, "--density_table", '[["a",3]]'], "entry ['a', 3] of a density table"),
+        ([*split, "--density_table", "[[0,3.7]]"], "entry [0, 3.7] of a density table"),
+        ([*split, "--density_table", "[3]"], "entry 3 of a density table"),
+        ([*split, "--density_table", "[]"], "at least one entry"),
+        ([*split, "--out", str(tmp_path / "file")], "is a file; out is the folder of the run"),
+        ([*split, "--out", str(tmp_path / "file" / "x")], "is a file; out is the folder of the run"),
+    ):
+        assert recipe.main([*arguments, *change]) == 2
+        error = capsys.readouterr().err
+        assert message in error, change
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def _vae(**kwargs):
+    shape = {"block_out_channels": (8,), "down_block_types": ("DownEncoderBlock2D",), "norm_num_groups": 4}
+    return AutoencoderKL(**{**shape, "up_block_types": ("UpDecoderBlock2D",), **kwargs})
+
+
+def test_a_vae_of_one_level_encodes_images_and_one_of_other_latents_is_refused(tmp_path):
+    for label in range(2):
+        (tmp_path / str(label)).mkdir()
+        for i in range(4):
+            Image.new("RGB", (8, 8), (40 * i, 0, 9)).save(tmp_path / str(label) / f"{i}.png")
+    arguments = {"out": tmp_path / "out", "fit_settings": _settings(batch_size=4, epochs=1)}
+    metrics = finetune(_model(), str(tmp_path), vae=_vae(latent_channels=4), **arguments)
+    assert metrics["samples"] == 8
+    with pytest.raises(ValueError, match="the model works on 4 channels, the vae makes 3"):
+        finetune(_model(), str(tmp_path), vae=_vae(latent_channels=3), **{**arguments, "out": tmp_path / "x"})

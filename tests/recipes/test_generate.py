@@ -10,6 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sparing.cli.app import app
+from sparing.diffusion import FlexDiTPipeline, FlexDiTTransformer2DModel, RespacedScheduler
 from sparing.recipes import generate as recipe
 from sparing.recipes.generate import generate
 
@@ -77,3 +78,74 @@ def test_the_commands_write_a_sheet_and_give_one_line_for_a_mistake(folder, tmp_
         result = runner.invoke(app, [*arguments, "--out", str(out), *change])
         assert result.exit_code == 2
         assert message in result.output
+
+
+def test_a_saved_pipeline_of_ours_is_opened_as_it_is_and_an_unknown_class_refused(folder, tmp_path):
+    model = FlexDiTTransformer2DModel.from_pretrained(folder)
+    FlexDiTPipeline(model, RespacedScheduler(sampler="ddpm")).save_pretrained(tmp_path / "pipeline")
+    opened = recipe.open_pipeline(tmp_path / "pipeline")
+    assert (type(opened), opened.scheduler.config.sampler) == (FlexDiTPipeline, "ddpm")
+    arguments = ["generate", "--model", str(tmp_path / "pipeline"), "--class", "1", "--steps", "2"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "x.png")])
+    assert result.exit_code == 0, result.output
+    index = tmp_path / "pipeline" / "model_index.json"
+    for content, message in (
+        ('{"_class_name": "OtherPipeline"}', "names the class 'OtherPipeline', which is no pipeline"),
+        ('{"_class_name": "AutoencoderKL"}', "names the class 'AutoencoderKL', which is no pipeline"),
+        ("{}", "names the class None"),
+        ("{", "is not JSON"),
+    ):
+        index.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            recipe.open_stored(tmp_path / "pipeline")
+
+
+def test_damaged_weights_of_a_pipeline_are_named_in_one_error(folder, tmp_path):
+    model = FlexDiTTransformer2DModel.from_pretrained(folder)
+    FlexDiTPipeline(model, RespacedScheduler()).save_pretrained(tmp_path / "pipeline")
+    weights = tmp_path / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises((ValueError, OSError), match="pipeline"):
+        recipe.open_stored(tmp_path / "pipeline")
+
+
+def _vae(**kwargs):
+    return AutoencoderKL(**{"block_out_channels": (8,), "latent_channels": 4, "norm_num_groups": 4, **kwargs})
+
+
+def test_mistakes_are_told_in_one_line_before_sampling(folder, tmp_path):
+    _vae().save_pretrained(tmp_path / "vae")
+    build_host(num_layers=1).save_pretrained(tmp_path / "dit")
+    build_flexdit(**{**LAYOUT, "num_pooling": 0, "num_sdtm": 0, "num_dense_top": 6, "in_channels": 1}).save_pretrained(
+        tmp_path / "dense"
+    )
+    build_flexdit(**LAYOUT, in_channels=1, class_dropout_prob=0.0).save_pretrained(tmp_path / "nonull")
+    model = FlexDiTTransformer2DModel.from_pretrained(folder)
+    FlexDiTPipeline(model, RespacedScheduler()).save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "sheet.png").mkdir()
+    arguments = ["generate", "--model", str(folder), "--class", "1", "--steps", "2", "--out", str(tmp_path / "x.png")]
+    for change, message in (
+        (["--model", "vit_micro_patch4_28"], "is a VisionTransformer; generate takes class-conditional diffusion"),
+        (["--vae", str(tmp_path / "vae")], "the model works on 1 channels, the decoder in"),
+        (["--vae", str(tmp_path / "dit")], "holds a model of class 'DiTTransformer2DModel'; an AutoencoderKL"),
+        (["--vae", str(tmp_path / "pipeline")], "is the folder of a pipeline; give that of its decoder"),
+        (["--model", str(tmp_path / "pipeline"), "--vae", str(tmp_path / "vae")], "leave vae out"),
+        (["--model", str(tmp_path / "dense"), "--density", "2"], "is dense: it has no density to set"),
+        (["--model", str(tmp_path / "nonull")], "guidance needs a null class, and this model has none"),
+        (["--guidance-scale", "inf"], "guidance_scale must be a finite number, got inf"),
+        (["--guidance-scale", "nan"], "guidance_scale must be a finite number, got nan"),
+        (["--class", "³"], "no class '³'"),
+        (["--seed", "99999999999999999999"], "seed must lie within"),
+        (["--out", str(tmp_path / "x.mp4")], "the suffix must be one of"),
+        (["--out", str(tmp_path / "sheet.png")], "it is a folder, give a file"),
+        (["--out", str(tmp_path / "file" / "x.png")], "file"),
+        (["--json", str(tmp_path / "absent" / "x.json")], "absent"),
+        (["--json", str(tmp_path)], "it is a folder, give a file"),
+    ):
+        result = CliRunner().invoke(app, [*arguments, *change])
+        assert (result.exit_code, result.output.count("\n")) == (2, 1), (change, result.output)
+        assert message in result.output
+    assert not (tmp_path / "x.png").exists()
+    no_guidance = ["--model", str(tmp_path / "nonull"), "--guidance-scale", "1"]
+    assert CliRunner().invoke(app, [*arguments, *no_guidance]).exit_code == 0

@@ -86,7 +86,7 @@ def test_the_knob_is_turned_back_and_seeds_do_not_depend_on_the_batch(tmp_path):
     together = generate_prompted(pipe, ["a", "b"], steps=2, frames=4, batch_size=2, **SMALL)["samples"]
     torch.testing.assert_close(together, scheduled, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="above the dense grid"):
-        generate_prompted(pipe, ["a"], steps=2, density="9", **SMALL)
+        generate_prompted(pipe, ["a"], steps=2, density="9", frames=4, **SMALL)
     assert twin.density_table.to_list() == table
 
 
@@ -167,3 +167,46 @@ def test_what_does_not_go_together_is_refused(tmp_path):
     other = FlexDiTVideoTransformer3DModel(**{**twin.config, "caption_channels": 7})
     with pytest.raises(ValueError, match="the twin has caption_channels=7"):
         generate_prompted(pipe, ["a"], twin=other)
+
+
+def test_a_density_counts_tokens_of_the_sampled_grid(tmp_path, monkeypatch):
+    pipe, twin = latte(tmp_path)
+    seen = []
+    original = FlexDiTVideoTransformer3DModel._forward_at
+
+    def spy(self, latents, text, timestep, mask, grid, side, temporal):
+        seen.append((grid, side))
+        return original(self, latents, text, timestep, mask, grid, side, temporal)
+
+    monkeypatch.setattr(FlexDiTVideoTransformer3DModel, "_forward_at", spy)
+    large = {**SMALL, "height": 16, "width": 16, "steps": 1, "frames": 2}
+    for density, side in (("3", (3, 3)), ("6x5", (6, 5)), ("all", (8, 8)), ("0.25", (4, 4)), (2, (2, 2))):
+        seen.clear()
+        generate_prompted(pipe, ["a"], twin=twin, density=density, **large)
+        assert seen == [((8, 8), side)]
+    seen.clear()
+    generate_prompted(pipe, ["a"], density=[(0, 2), (500, 1)], **large)  # a schedule is one of the model's own grid
+    assert seen == [((8, 8), (4, 4))]
+
+
+def test_what_cannot_be_sampled_is_refused_before_sampling(tmp_path):
+    pipe, twin = latte(tmp_path)
+    good = {**SMALL, "frames": 4, "steps": 1}
+    dense = FlexDiTVideoTransformer3DModel.from_host(
+        pipe.transformer, num_pooling=0, num_sdtm=0, sdtm_group=[1, 1, 1, 1], num_dense_top=6
+    )
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "file").write_text("x")
+    for change, error, message in (
+        ({"frames": 5}, ValueError, r"frames=5: this model makes 1\.\.4"),
+        ({"frames": None}, ValueError, r"frames=16: this model makes 1\.\.4"),
+        ({"height": -8}, ValueError, "height must be at least 1, got -8"),
+        ({"width": 0}, ValueError, "width must be at least 1, got 0"),
+        ({"guidance_scale": float("nan")}, ValueError, "guidance_scale must be a finite number, got nan"),
+        ({"seed": 10**20}, ValueError, "seed must lie within"),
+        ({"density": "2", "twin": dense}, ValueError, "is dense: it has no density to set, got '2'"),
+        ({"out": tmp_path / "folder.mp4"}, ValueError, "it is a folder, give a file"),
+        ({"out": tmp_path / "file" / "x.mp4"}, OSError, "file"),
+    ):
+        with pytest.raises(error, match=message):
+            generate_prompted(pipe, ["a"], **{**good, **change})

@@ -115,9 +115,29 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         fit(_model(), _loss, _data(), settings=replace(SETTINGS, lr=0.5), out=tmp_path)
 
 
+def test_a_checkpoint_of_another_identity_is_refused_with_the_fields_that_differ(tmp_path):
+    identity = {"mode": "bucket", "table": ((0, 3), (400, 2)), "gamma": 5.0}
+    fit(_model(), _loss, _data(), settings=SETTINGS, out=tmp_path, identity=identity)
+    fit(_model(), _loss, _data(), settings=SETTINGS, out=tmp_path, identity={**identity, "table": [[0, 3], [400, 2]]})
+    with pytest.raises(ValueError, match=r"another run \(gamma: 5.0 before, 0.0 now; warm: None before, 1 now\)"):
+        fit(_model(), _loss, _data(), settings=SETTINGS, out=tmp_path, identity={**identity, "gamma": 0.0, "warm": 1})
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "checkpoint.pt", {"a": 1})
+    with pytest.raises(ValueError, match="no checkpoint of this training loop"):
+        fit(_model(), _loss, _data(), settings=SETTINGS, out=tmp_path)
+    (tmp_path / "checkpoint.pt").unlink()
+    fit(_model(), _loss, _data(), settings=SETTINGS, out=tmp_path)
+    other = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    with pytest.raises(ValueError, match="belongs to another model"):
+        fit(other, _loss, _data(), settings=SETTINGS, out=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"lr": float("nan")}, "lr must be a finite number, at least 0, got nan"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"batch_size": 23}, "22 samples on 1 processes make no step of 1 x 23"),
         ({"precision": "fp8"}, "'fp8'"),
@@ -133,6 +153,29 @@ def test_settings_that_cannot_work_are_refused(tmp_path, change, message):
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     with pytest.raises(ValueError, match="loss of epoch 1 is nan"):
         fit(_model(), lambda model, batch: _loss(model, batch) * float("nan"), _data(), settings=SETTINGS, out=tmp_path)
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_what_is_not_finite_is_never_written_over_a_good_checkpoint(tmp_path, broken):
+    calls = []
+
+    def loss(model, batch):
+        calls.append(batch)
+        value = _loss(model, batch)
+        if len(calls) != 7:  # in the middle of the second epoch
+            return value
+        # the gradient of sqrt at 0 is infinite while the loss is not
+        return value * float("nan") if broken == "loss" else value + 0 * (0 * value).sqrt()
+
+    settings = replace(SETTINGS, checkpoint_every=1)
+    with pytest.raises(ValueError, match=r"\(step 7\).*the data or the weights.*learning rate"):
+        fit(_model(), loss, _data(), settings=settings, out=tmp_path)
+    kept = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert kept["step"] == 6
+    assert all(torch.isfinite(tensor).all() for tensor in kept["model"].values())
+    straight, _ = fit(_model(), _loss, _data(), settings=settings, out=tmp_path / "straight")
+    resumed, _ = fit(_model(), _loss, _data(), settings=settings, out=tmp_path)
+    assert torch.equal(_weights(straight), _weights(resumed))
 
 
 def test_a_failed_write_leaves_the_old_checkpoint_and_no_litter(tmp_path):
