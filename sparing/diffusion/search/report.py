@@ -147,7 +147,7 @@ def sheet(result: "SearchResult", path: str | Path) -> Path:
                         [left - ring, top - ring, left + tile.width - 1 + ring, top + tile.height - 1 + ring],
                         outline=RED,
                     )
-            caption = f"#{candidate.id}: {candidate.score:.5g}" if candidate.error is None else f"#{candidate.id}: failed"
+            caption = f"#{candidate.id}: " + (f"{candidate.score:.5g}" if candidate.error is None else "failed")
             pen.text((left + tile.width / 2, top + height + 9), caption, fill=INK, font=font(11), anchor="mm")
     return write_image(image, path)
 
