@@ -3,9 +3,10 @@
 from sparing.continual.attention import RetroactiveAttention, SingleOutputAttention
 from sparing.continual.container import BroadcastReduce, Conditional, Residual, Sequential, named_sequential
 from sparing.continual.conv import Conv1d, Conv2d, Conv3d
-from sparing.continual.convert import convert, explain
+from sparing.continual.convert import convert
 from sparing.continual.delay import Delay, Skip
 from sparing.continual.encoder import TransformerEncoder, encoder_filter_fn
+from sparing.continual.explain import explain
 from sparing.continual.export import export_onnx, export_step
 from sparing.continual.folding import fold_batch_norm
 from sparing.continual.log_mel import LogMel, hops_of

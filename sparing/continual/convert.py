@@ -8,21 +8,16 @@ halfway.
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils.parametrize import is_parametrized
 
 from sparing.continual import pool as pools
-from sparing.continual.attention import SingleOutputAttention
+from sparing.continual.attention_twins import attention_twin, encoder_twin
 from sparing.continual.container import Branches, Chain, Part, Sequential
 from sparing.continual.conv import Conv1d, Conv2d, Conv3d
-from sparing.continual.encoder import TransformerEncoder
 from sparing.continual.module import Continual
 from sparing.continual.per_frame import (
     ALIKE,
@@ -35,31 +30,7 @@ from sparing.continual.per_frame import (
     Softmax,
     is_per_frame,
 )
-from sparing.continual.state import state_bytes
-
-Converter = Callable[[nn.Module, "Place"], nn.Module]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a module stands, and what the user said about the conversion."""
-
-    path: str
-    pool_window: int | None
-    sequence_len: int | None
-    per_frame: bool
-    converters: Mapping[type, Converter]
-    flattened: bool = False  # frames are (C,) from here on
-    # What modules became, by module and form of the frames: one that stands in several places is one in the twin too.
-    # (The module is kept beside its twin, so that its id stays its own.)
-    done: dict[tuple[int, bool], tuple[nn.Module, nn.Module]] = field(default_factory=dict)
-
-    def inside(self, name: str, *, flattened: bool | None = None) -> "Place":
-        path = f"{self.path}.{name}" if self.path else name
-        return replace(self, path=path, flattened=self.flattened if flattened is None else flattened)
-
-    def refuse(self, module: nn.Module, why: str) -> ValueError:
-        return ValueError(f"{self.path or 'the network'} ({type(module).__name__}): {why}")
+from sparing.continual.place import OWN_WAY, Converter, Place, check_plain, children, same_forward
 
 
 def convert(
@@ -111,51 +82,6 @@ def _take_modes(twin: nn.Module, module: nn.Module) -> None:
             parts[name].training = layer.training
 
 
-def check_plain(module: nn.Module, place: Place | None = None) -> None:
-    """Refuse what a copy of the layers would lose: weights that are computed or do not exist yet, hooks, and a
-    forward of one's own. Types that the user converts are the user's.
-
-    Raises:
-        ValueError: with the path and the fix.
-    """
-    place = place or Place("", None, None, False, {})
-    if any(kind in place.converters for kind in type(module).__mro__):
-        return
-    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
-        raise place.refuse(module, "has no weights yet: run the clip network on one clip first")
-    if is_parametrized(module):
-        names = sorted(module.parametrizations)  # type: ignore[arg-type]
-        raise place.refuse(
-            module,
-            f"computes its {', '.join(names)} by a parametrization: fuse it first with "
-            f"torch.nn.utils.parametrize.remove_parametrizations(module, {names[0]!r})",
-        )
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    if hooks:
-        hook = getattr(hooks[0], "__name__", type(hooks[0]).__name__)
-        remove = _REMOVE.get(hook, "the handle that registering it returned, or make it a module of the network")
-        raise place.refuse(module, f"has a forward hook ({hook}), which no step would call: remove it with {remove}")
-    if "forward" in vars(module):
-        raise place.refuse(module, f"has a forward that was set on the module: {_OWN_WAY}")
-    for name, child in _children(module):
-        check_plain(child, place.inside(name))
-
-
-# Hooks of torch that compute a weight, and what takes them off.
-_REMOVE = {
-    "WeightNorm": "torch.nn.utils.remove_weight_norm(module)",
-    "SpectralNorm": "torch.nn.utils.remove_spectral_norm(module)",
-}
-_OWN_WAY = "pass converters={its type: function}, or wrap it in PerFrame if its output at a frame depends on it only"
-# Methods in which a layer's forward is spread over its class.
-_FORWARD = ("forward", "_conv_forward", "__call__")
-
-
-def _same_forward(module: nn.Module, kind: type) -> bool:
-    """Whether a subclass computes what ``kind`` does: it may be built otherwise, but not run otherwise."""
-    return all(getattr(type(module), name, None) is getattr(kind, name, None) for name in _FORWARD)
-
-
 def _convert(module: nn.Module, place: Place) -> nn.Module:
     """The twin of a module at its place. A module that is met again is the same twin again, with the same weights;
     memories belong to places (containers keep them by name), so each place has its own.
@@ -177,8 +103,8 @@ def _converted(module: nn.Module, place: Place) -> nn.Module:
         return _TORCHVISION[name](module, place)
     for kind in type(module).__mro__:
         if kind in _CONVERTERS:
-            if not _same_forward(module, kind):
-                raise place.refuse(module, f"has a forward of its own, not that of {kind.__name__}: {_OWN_WAY}")
+            if not same_forward(module, kind):
+                raise place.refuse(module, f"has a forward of its own, not that of {kind.__name__}: {OWN_WAY}")
             return _CONVERTERS[kind](module, place)
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
         raise place.refuse(
@@ -187,10 +113,10 @@ def _converted(module: nn.Module, place: Place) -> nn.Module:
             "track_running_stats=True and train it",
         )
     if is_per_frame(module):
-        if not any(_same_forward(module, kind) for kind in type(module).__mro__[:-1] if kind in ALIKE):
-            raise place.refuse(module, f"has a forward of its own, not that of a torch layer: {_OWN_WAY}")
+        if not any(same_forward(module, kind) for kind in type(module).__mro__[:-1] if kind in ALIKE):
+            raise place.refuse(module, f"has a forward of its own, not that of a torch layer: {OWN_WAY}")
         return module
-    raise place.refuse(module, f"has no continual form; {_OWN_WAY}")
+    raise place.refuse(module, f"has no continual form; {OWN_WAY}")
 
 
 def _conv(kind: Any) -> Converter:
@@ -312,15 +238,10 @@ def _recurrent(layer: Any, place: Place) -> nn.Module:
     )
 
 
-def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every child by its name, one that stands in two places twice (``named_children`` leaves it out)."""
-    return [(name, child) for name, child in module._modules.items() if child is not None]
-
-
 def _sequential(sequence: nn.Module, place: Place) -> nn.Module:
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     flattened, width = place.flattened, None
-    for name, child in _children(sequence):
+    for name, child in children(sequence):
         if isinstance(child, nn.Linear) and flattened and width not in (None, child.in_features):
             raise place.inside(name).refuse(
                 child,
@@ -349,96 +270,6 @@ def _flattens(module: nn.Module) -> bool:
     if isinstance(module, Chain):
         return any(_flattens(part) for _, part in module.parts())
     return isinstance(module, Flatten)
-
-
-def _encoder(encoder: Any, place: Place) -> nn.Module:
-    _check_window(encoder, place)
-    if not len(encoder.layers):
-        raise place.refuse(encoder, "has no layers")
-    places = [place.inside(f"layers.{i}") for i in range(len(encoder.layers))]
-    settings = [_encoder_settings(layer, at) for layer, at in zip(encoder.layers, places)]
-    for layer, at, mine in zip(encoder.layers, places, settings):
-        differ = [
-            f"{name} {mine[name]} (first layer: {value})" for name, value in settings[0].items() if mine[name] != value
-        ]
-        if differ:
-            raise at.refuse(layer, f"is built otherwise than the first layer: {', '.join(differ)}")
-    if encoder.norm is not None:
-        if type(encoder.norm) is not nn.LayerNorm:
-            raise place.refuse(encoder, f"ends in {type(encoder.norm).__name__}; a LayerNorm is known")
-        _check_norm(encoder.norm, place.inside("norm"))
-    with torch.device("meta"):
-        twin = TransformerEncoder(
-            sequence_len=place.sequence_len,  # type: ignore[arg-type]
-            num_layers=len(encoder.layers),
-            final_norm=encoder.norm is not None,
-            dropout=encoder.layers[0].dropout.p,
-            **settings[0],
-        )
-    if twin.norm is not None:
-        twin.norm.eps = encoder.norm.eps
-    return _with_weights_of(encoder, twin)
-
-
-def _encoder_settings(layer: Any, place: Place) -> dict[str, Any]:
-    """The constructor's arguments of one layer's twin. ValueError for a layer that has none."""
-    if type(layer) is not nn.TransformerEncoderLayer:
-        raise place.refuse(layer, "is not torch's TransformerEncoderLayer")
-    names = {F.relu: "relu", F.gelu: "gelu", nn.ReLU: "relu", nn.GELU: "gelu"}
-    activation = names.get(layer.activation) or names.get(type(layer.activation))  # type: ignore[call-overload]
-    if activation is None or getattr(layer.activation, "approximate", "none") != "none":
-        raise place.refuse(layer, f"has activation {layer.activation}; relu and exact gelu are known")
-    if layer.linear1.bias is None or layer.self_attn.in_proj_weight is None:
-        raise place.refuse(layer, "has no bias, or separate widths of keys and values; torch's defaults are known")
-    if layer.self_attn.bias_k is not None or layer.self_attn.add_zero_attn:
-        raise place.refuse(layer, "has bias_kv or add_zero_attn, which are not known on a stream")
-    for name in ("norm1", "norm2"):
-        _check_norm(getattr(layer, name), place.inside(name))
-    if layer.norm1.eps != layer.norm2.eps:
-        raise place.refuse(layer, f"has two norms of different eps, {layer.norm1.eps} and {layer.norm2.eps}")
-    return {
-        "d_model": layer.self_attn.embed_dim,
-        "num_heads": layer.self_attn.num_heads,
-        "dim_feedforward": layer.linear1.out_features,
-        "activation": activation,
-        "norm_first": layer.norm_first,
-        "layer_norm_eps": layer.norm1.eps,
-    }
-
-
-def _check_window(module: nn.Module, place: Place) -> None:
-    if place.sequence_len is None:
-        raise place.refuse(module, "attends over the whole clip: pass sequence_len=, the window of tokens of a step")
-    if not isinstance(place.sequence_len, int) or place.sequence_len < 1:
-        raise place.refuse(module, f"sequence_len must be a whole number of tokens, got {place.sequence_len}")
-
-
-def _check_norm(norm: Any, place: Place) -> None:
-    if norm.weight is None or norm.bias is None:
-        raise place.refuse(norm, "has no weight or no bias; elementwise_affine=True and bias=True are known")
-
-
-def _attention(attention: Any, place: Place) -> nn.Module:
-    _check_window(attention, place)
-    if attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn:
-        raise place.refuse(attention, "has separate widths, bias_kv or add_zero_attn, which are not known on a stream")
-    with torch.device("meta"):
-        twin = SingleOutputAttention(
-            attention.embed_dim,
-            attention.num_heads,
-            sequence_len=place.sequence_len,  # type: ignore[arg-type]
-            bias=attention.in_proj_bias is not None,
-        )
-    return _with_weights_of(attention, twin)
-
-
-def _with_weights_of(module: nn.Module, twin: nn.Module) -> nn.Module:
-    """``twin`` with the very parameters of ``module``, so that what is shared stays shared; their keys are the same."""
-    assert set(twin.state_dict()) == set(module.state_dict())
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        owner, _, leaf = name.rpartition(".")
-        setattr(twin.get_submodule(owner), leaf, parameter)
-    return twin
 
 
 # ---- torchvision's video networks, under their own keys
@@ -565,65 +396,6 @@ _CONVERTERS: dict[type, Converter] = {
     nn.GroupNorm: _over_time,
     nn.modules.instancenorm._InstanceNorm: _over_time,
     nn.Sequential: _sequential,
-    nn.TransformerEncoder: _encoder,
-    nn.MultiheadAttention: _attention,
+    nn.TransformerEncoder: encoder_twin,
+    nn.MultiheadAttention: attention_twin,
 }
-
-
-def explain(network: Continual, frame_shape: tuple[int, ...] | None = None) -> str:
-    """A table of every layer with time: receptive field, delay, stride, padding, bytes of memory per stream; then the
-    whole.
-
-    Args:
-        frame_shape: (C, ...) of one frame; without it the bytes are left out.
-
-    Raises:
-        ValueError: frames that a layer cannot step on, with its path.
-        TypeError: a network that does not run on streams.
-    """
-    if not isinstance(network, Continual):
-        raise TypeError(f"{type(network).__name__} does not run on streams: convert it first")
-    state = None if frame_shape is None else network.init_state(1, frame_shape)
-    rows: list[tuple[str, ...]] = [("layer", "kind", "R", "delay", "stride", "padding", "bytes/stream")]
-    for name, module in network.named_modules(remove_duplicate=False):  # type: ignore[attr-defined]
-        if (
-            not isinstance(module, Continual)
-            or module is network
-            or (module.span().receptive_field == 1 == module.span().stride)
-        ):
-            continue
-        span, size = module.span(), ""
-        if state is not None:
-            size = str(_bytes_under(state.memory, name.split(".")))
-        numbers = (span.receptive_field, span.delay, span.stride, span.padding)
-        rows.append((name, type(module).__name__, *(str(n) for n in numbers), size))
-    plan = network.plan()
-    whole = (plan.receptive_field, plan.delay, plan.period, plan.padding)
-    total = "" if state is None else str(state_bytes(state))
-    rows.append(("whole", type(network).__name__, *(str(n) for n in whole), total))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    lines.append(f"first output at step {plan.first_output_step}, then every {plan.period}")
-    if plan.equals_clip_of_last_frames:
-        lines.append(f"a step equals the clip network on the last {plan.receptive_field} frames (no temporal padding)")
-    else:
-        lines.append(
-            f"a step equals the network over the whole stream, not the clip network on the last {plan.receptive_field} "
-            "frames: temporal padding shows the clip zeros where the stream has frames"
-        )
-    return "\n".join(lines)
-
-
-def _bytes_under(memory: dict, path: list[str]) -> int:
-    for key in path:
-        if not isinstance(memory, dict) or key not in memory:
-            return 0
-        memory = memory[key]
-    pending, total = [memory], 0
-    while pending:
-        for value in pending.pop().values():
-            if isinstance(value, dict):
-                pending.append(value)
-            else:
-                total += value.numel() * value.element_size()
-    return total

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from sparing.continual.container import Chain, Part
-from sparing.continual.convert import check_plain, convert
+from sparing.continual.convert import convert
 from sparing.continual.module import Continual
+from sparing.continual.place import check_plain
 from sparing.zoo import hosts
 from sparing.zoo.registry import create_model
 from sparing.zoo.table import MODELS
