@@ -23,8 +23,11 @@ def check_output(path: str | Path, *, suffixes: Collection[str] | None = None, m
     if path.is_dir():
         raise ValueError(f"cannot write {str(path)!r}: it is a folder, give a file")
     if suffixes is not None and path.suffix.lower() not in suffixes:
-        raise ValueError(f"cannot write {str(path)!r}: the suffix must be one of {', '.join(sorted(suffixes))}")
-    if make_folder:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path.parent):
-        return path
+        raise ValueError(f"cannot write {str(path)!r}: no format has the suffix {path.suffix!r}")
+    try:
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        raise OSError(f"cannot write {str(path)!r}: {error.strerror} ({str(path.parent)!r})") from error

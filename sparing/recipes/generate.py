@@ -88,8 +88,7 @@ def open_stored(pipeline: str | Path) -> Any:
     from diffusers import DiffusionPipeline
 
     name = str(pipeline)
-    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"no such folder: {name!r}, nor is it a hub id OWNER/REPO")
+    _check_place(name)
     index = Path(name) / "model_index.json"
     opener = _pipeline_class(index) if index.exists() else DiffusionPipeline
     try:
@@ -98,6 +97,11 @@ def open_stored(pipeline: str | Path) -> Any:
         raise
     except Exception as error:  # whatever damaged files make the readers of the components raise
         raise ValueError(f"pipeline {name!r} cannot be loaded ({type(error).__name__}): {error}") from error
+
+
+def _check_place(name: str) -> None:
+    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise FileNotFoundError(f"no such folder: {name!r}, nor is it a hub id OWNER/REPO")
 
 
 def _pipeline_class(index: Path) -> Any:
@@ -127,6 +131,7 @@ def open_vae(folder: str | Path) -> Any:
     from diffusers import AutoencoderKL
 
     name = str(folder)
+    _check_place(name)
     if (Path(name) / "model_index.json").exists():
         raise ValueError(f"{name!r} is the folder of a pipeline; give that of its decoder, {str(Path(name) / 'vae')!r}")
     wanted = AutoencoderKL.load_config(name).get("_class_name")

@@ -137,10 +137,11 @@ def test_mistakes_are_told_in_one_line_before_sampling(folder, tmp_path):
         (["--guidance-scale", "nan"], "guidance_scale must be a finite number, got nan"),
         (["--class", "³"], "no class '³'"),
         (["--seed", "99999999999999999999"], "seed must lie within"),
-        (["--out", str(tmp_path / "x.mp4")], "the suffix must be one of"),
+        (["--out", str(tmp_path / "x.mp4")], "no format has the suffix '.mp4'"),
         (["--out", str(tmp_path / "sheet.png")], "it is a folder, give a file"),
-        (["--out", str(tmp_path / "file" / "x.png")], "file"),
-        (["--json", str(tmp_path / "absent" / "x.json")], "absent"),
+        (["--out", str(tmp_path / "file" / "x.png")], f"cannot write '{tmp_path / 'file' / 'x.png'}': "),
+        (["--json", str(tmp_path / "absent" / "x.json")], f"cannot write '{tmp_path / 'absent' / 'x.json'}': No such"),
+        (["--vae", str(tmp_path / "absent")], "no such folder: "),
         (["--json", str(tmp_path)], "it is a folder, give a file"),
     ):
         result = CliRunner().invoke(app, [*arguments, *change])
