@@ -13,6 +13,7 @@ of samples a model.
 """
 
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
+import sparing
 from sparing.diffusion import FlexDiTPipeline, FlexDiTTransformer2DModel, RespacedScheduler
 from sparing.diffusion import flexdit_keys as keys
 from sparing.media.image import write_image
@@ -38,6 +40,8 @@ _B_SPLIT = {"num_pooling": 1, "num_sdtm": 2, "sdtm_group": [1, 2, 1, 1], "num_de
 _LONG = {"num_pooling": 1, "num_sdtm": 1, "sdtm_group": [1, 8, 1, 0], "num_dense_top": 1}
 _TWO_LONG = {"num_pooling": 1, "num_sdtm": 2, "sdtm_group": [1, 3, 1, 0], "num_dense_top": 1}
 _ONE_LONG = {"num_pooling": 0, "num_sdtm": 1, "sdtm_group": [1, 9, 1, 0], "num_dense_top": 1}
+_LONG_TOP = {"num_pooling": 1, "num_sdtm": 1, "sdtm_group": [1, 7, 1, 1], "num_dense_top": 1}
+_LATE = {"num_pooling": 1, "num_sdtm": 1, "sdtm_group": [1, 9, 1, 0], "num_dense_top": 0}
 _DENSE = {"num_pooling": 0, "num_sdtm": 0, "sdtm_group": [1, 2, 1, 1], "num_dense_top": 12}
 
 
@@ -52,6 +56,8 @@ def variants(side: int) -> dict[str, tuple[dict[str, Any], Any]]:
         f"long_{third}x{third}": (_LONG, third),
         f"two_long_{third}x{third}": (_TWO_LONG, third),
         f"one_long_{half}x{half}": (_ONE_LONG, half),
+        f"long_top_{third}x{third}": (_LONG_TOP, third),
+        f"late_{half}x{half}": (_LATE, half),
     }
 
 
@@ -118,7 +124,13 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
 
 
 def train_model(
-    out: Path, model: FlexDiTTransformer2DModel, train: TensorImages, *, epochs: int, arguments: argparse.Namespace
+    out: Path,
+    model: FlexDiTTransformer2DModel,
+    train: TensorImages,
+    *,
+    epochs: int,
+    arguments: argparse.Namespace,
+    teacher: nn.Module | None = None,
 ) -> FlexDiTTransformer2DModel:
     if not (out / "metrics.json").exists():
         data = MemoryBatches(train, mean=[0.5], std=[0.5])
@@ -133,8 +145,24 @@ def train_model(
             seed=arguments.train_seed,
             checkpoint_every=100,
         )
-        finetune(model, data, out=out, fit_settings=settings, settings=FlexDiTSettings(flip=False))
+        weight = 0.0 if teacher is None else arguments.teacher_weight
+        losses = FlexDiTSettings(flip=False, mode=arguments.mode, teacher_weight=weight)
+        finetune(model, data, out=out, fit_settings=settings, settings=losses, teacher=teacher)
     return FlexDiTTransformer2DModel.from_pretrained(out).eval()
+
+
+def load_start(name: str, shape: dict[str, Any]) -> FlexDiTTransformer2DModel:
+    """The dense model that everything starts from.
+
+    Raises:
+        ValueError: it has another shape, or sparse layers.
+    """
+    model = sparing.create_model(name, pretrained=name in sparing.list_models(demo=True)).float()
+    differs = [key for key, value in shape.items() if model.config[key] != value]
+    if differs or model.has_sparse_layers:
+        what = ", ".join(f"{key}={model.config[key]}" for key in differs) or "sparse layers"
+        raise ValueError(f"--start {name} has {what}; this run trains {shape}")
+    return model.eval()
 
 
 def sample(
@@ -173,6 +201,16 @@ def main() -> None:
     parser.add_argument("--patch", type=int, default=4, help="4: 7x7 tokens; 2: 14x14")
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--epochs", type=int, default=10, help="of the dense model")
+    parser.add_argument(
+        "--start", help="a trained dense DiT of this shape, a shipped name or folder, instead of --epochs"
+    )
+    parser.add_argument(
+        "--teacher_weight",
+        type=float,
+        default=0.0,
+        help="FlexDiTs also learn the dense model's noise that they start from",
+    )
+    parser.add_argument("--mode", default="bucket", help="bucket, piecewise or mixed: how steps draw densities")
     parser.add_argument("--finetune_epochs", type=int, default=6, help="further budget of every model")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -220,10 +258,12 @@ def main() -> None:
         "num_embeds_ada_norm": 10,
     }
     torch.manual_seed(arguments.train_seed)
-    base = train_model(
-        out / "base", FlexDiTTransformer2DModel(**shape, **_DENSE), train, epochs=arguments.epochs, arguments=arguments
-    )
-    dense_macs = None
+    if arguments.start:
+        base = load_start(arguments.start, shape)
+    else:
+        fresh = FlexDiTTransformer2DModel(**shape, **_DENSE)
+        base = train_model(out / "base", fresh, train, epochs=arguments.epochs, arguments=arguments)
+    dense_macs = FlexDiTTransformer2DModel(**shape, **_DENSE).flops(count="reference")
     for name, (layout, table) in variants(28 // arguments.patch).items():
         if arguments.only and name not in arguments.only:
             continue
@@ -231,9 +271,11 @@ def main() -> None:
         start = FlexDiTTransformer2DModel.from_host(
             state, num_attention_heads=4, sample_size=28, density_table=table, **layout
         )
-        model = train_model(out / name, start, train, epochs=arguments.finetune_epochs, arguments=arguments)
+        teacher = copy.deepcopy(base) if arguments.teacher_weight and start.has_sparse_layers else None
+        model = train_model(
+            out / name, start, train, epochs=arguments.finetune_epochs, arguments=arguments, teacher=teacher
+        )
         macs = model.flops(count="reference")
-        dense_macs = dense_macs or macs
         scores: dict[str, list[float]] = {"fid": [], "kid": [], "accuracy": [], "images_per_second": []}
         for seed in range(arguments.seeds):
             path = out / name / f"samples_{seed}.safetensors"
