@@ -7,7 +7,8 @@ twin that is 'converted, not trained': fine-tune it with ``sparing.recipes.finet
 
 from typing import Any
 
-from sparing.diffusion.flexdit import FlexDiTTransformer2DModel, published_split
+from sparing.diffusion.flexdit import FlexDiTTransformer2DModel
+from sparing.diffusion.flexdit_hosts import published_split
 from sparing.zoo.registry import register_model
 
 __all__: list[str] = []

@@ -13,7 +13,8 @@ from torch._dynamo.backends.debugging import aot_eager
 import sparing
 from sparing.diffusion.blocks import FlexDiTBlock, depth_layout
 from sparing.diffusion.density import DensityTable
-from sparing.diffusion.flexdit import FlexDiTTransformer2DModel, published_split
+from sparing.diffusion.flexdit import FlexDiTTransformer2DModel
+from sparing.diffusion.flexdit_hosts import published_split
 
 PLAIN = {"num_pooling": 0, "num_sdtm": 0, "num_dense_top": 10}
 
