@@ -105,3 +105,11 @@ def forget_position(scheduler: Any) -> Any:
         if hasattr(scheduler, name):
             setattr(scheduler, name, None)
     return scheduler
+
+
+def uncompiled(module: Any) -> Any:
+    """The module that ``torch.compile(module)`` wrapped, or the module itself.
+
+    The wrapper hands attributes on, but it is of none of the module's classes and names weights with a prefix.
+    """
+    return getattr(module, "_orig_mod", module)

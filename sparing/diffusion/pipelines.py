@@ -17,6 +17,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from sparing._compat import uncompiled
 from sparing.diffusion.density import Density
 from sparing.diffusion.density_control import DensityControlled
 
@@ -226,15 +227,14 @@ class FlexDiTPipeline(DiTPipeline):
 
     def _densities(self, timesteps: Tensor, density: Density | None, *, grid: Any) -> list[dict[str, Any]]:
         """Keywords of every step's forward."""
-        if not isinstance(self.transformer, DensityControlled) or not self.transformer.has_sparse_layers:
+        model = uncompiled(self.transformer)
+        if not isinstance(model, DensityControlled) or not model.has_sparse_layers:
             if density is not None:
-                raise ValueError(
-                    f"{type(self.transformer).__name__} is dense: it has no density to set, got {density!r}"
-                )
+                raise ValueError(f"{type(model).__name__} is dense: it has no density to set, got {density!r}")
             return [{}] * len(timesteps)
         if density is not None:
             return [{"density": density}] * len(timesteps)
-        return [{"density": side} for side in self.transformer.precompute_densities(timesteps, grid=grid)]
+        return [{"density": side} for side in model.precompute_densities(timesteps, grid=grid)]
 
     def _step_arguments(self, **possible: Any) -> dict[str, Any]:
         accepted = inspect.signature(self.scheduler.step).parameters

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
+from sparing._compat import uncompiled
 from sparing.diffusion.density import PUBLISHED_RATES, DensityTable, parse_density
 from sparing.diffusion.density_control import DensityControlled
 from sparing.diffusion.search.samples import Kind, read_output, sample_rate_of
@@ -132,7 +133,7 @@ def generate_prompted(
         raise ValueError(f"{type(pipe).__name__} makes {kind}: give out with {' or '.join(SUFFIXES[kind])}, not {out}")
     if out is not None:
         check_output(out)
-    denoiser = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    denoiser = uncompiled(getattr(pipe, "transformer", None) or getattr(pipe, "unet", None))
     arguments: dict[str, Any] = {**call, "num_inference_steps": steps}
     given = {"guidance_scale": guidance_scale, "height": height, "width": width}
     arguments |= {name: value for name, value in given.items() if value is not None}

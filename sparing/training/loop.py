@@ -226,8 +226,9 @@ def _check_finite(loss: float, model: nn.Module, *, step: int, epoch: int) -> No
     """Raises ValueError when the loss or a weight is not finite."""
     wrong = None if math.isfinite(loss) else f"the loss of epoch {epoch} is {loss}"
     if wrong is None:
-        names = (name for name, value in model.named_parameters() if not bool(torch.isfinite(value).all()))
-        wrong = next((f"weight {name!r} holds NaN or infinity" for name in names), None)
+        names, values = zip(*model.named_parameters())
+        finite = torch.stack([torch.isfinite(value).all() for value in values]).tolist()  # one synchronisation
+        wrong = next((f"weight {n!r} holds NaN or infinity" for n, good in zip(names, finite) if not good), None)
     if wrong is not None:
         raise ValueError(
             f"{wrong} (step {step}): the data or the weights that training began from hold NaN or huge values, or the "

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparing._compat import uncompiled
 from sparing.zoo.inputs import batch_size, example_call, placement
 
 
@@ -132,7 +133,7 @@ def count_flops(model: nn.Module, *inputs: Any, kwargs: Mapping[str, Any] | None
     touched.
     """
     call = dict(kwargs or {})
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped: compiled regions hide their operators
+    model = uncompiled(model)  # compiled regions hide their operators
     try:
         return _count(_copy_without_memory(model), _to_meta(inputs), _to_meta(call))
     except (

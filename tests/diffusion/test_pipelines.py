@@ -354,3 +354,21 @@ def test_impossible_labels_and_guidance_are_refused_by_value(labels, arguments, 
     with pytest.raises(ValueError, match=message):
         _pipeline()(labels, num_inference_steps=1, **arguments)
     assert _pipeline().label_indices(torch.tensor([1, 2])) == [1, 2]
+
+
+def test_a_transformer_that_was_compiled_in_place_of_itself_keeps_its_densities(monkeypatch):
+    def run(pipeline, **kwargs):
+        generator = torch.Generator().manual_seed(0)
+        return pipeline([3], num_inference_steps=3, generator=generator, output_type="latent", **kwargs).images
+
+    pipeline = _pipeline()
+    scheduled, fixed = run(pipeline), run(pipeline, density=3)
+    inner = pipeline.transformer
+    pipeline.transformer = torch.compile(inner, backend="eager")
+    asked = []
+    monkeypatch.setattr(inner, "precompute_densities", lambda *a, **k: asked.append(1) or [(3, 3)] * 3)
+    run(pipeline)
+    assert asked == [1]
+    torch.testing.assert_close(run(pipeline, density=3), fixed)
+    monkeypatch.undo()
+    torch.testing.assert_close(run(pipeline), scheduled)

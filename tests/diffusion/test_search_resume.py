@@ -20,6 +20,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from sparing.diffusion.search import NoiseSearch
 from sparing.diffusion.search.algorithms import SMC, Evolutionary, Halving, Paths, Random, ZeroOrder
 from sparing.diffusion.search.drafts import fewer_steps
+from sparing.diffusion.search.identity import models_of
 from sparing.diffusion.search.verifiers import Brightness, DenoisingError, SelfConsistency
 from sparing.jobs import AppendLog, LogInUse, LogMismatch
 
@@ -165,6 +166,29 @@ def test_other_weights_or_settings_are_another_search(tmp_path):
     begin("d", level, draft=fewer_steps(2), **with_draft)
     with pytest.raises(LogMismatch, match=r"draft\.call\.num_inference_steps was 2 and is now 3"):
         begin("d", level, draft=fewer_steps(3), **with_draft)
+
+
+def test_a_compiled_network_is_the_same_and_packed_weights_are_known_by_name():
+    pipe, kwargs = tiny_pipelines.build("dit")
+    known = models_of(pipe)
+    pipe(**kwargs, num_inference_steps=1)
+    inner = pipe.transformer
+    vars(pipe)["transformer"] = torch.compile(inner, backend="eager")
+    assert models_of(pipe) == known
+    vars(pipe)["transformer"] = inner
+
+    class Packed(torch.nn.Parameter):
+        """As a quantiser's: it does not say its values."""
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.flatten:
+                raise NotImplementedError("packed")
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    layer = inner.transformer_blocks[0].ff.net[2]
+    layer.weight = Packed(layer.weight.data, requires_grad=False)
+    assert models_of(pipe).keys() == known.keys()
 
 
 def test_an_edited_log_is_not_believed(tmp_path):
