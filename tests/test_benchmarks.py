@@ -9,7 +9,8 @@ SCRIPTS = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_a_benchmark_script_finds_all_that_it_imports_and_has_a_main(script):
+def test_a_benchmark_script_finds_all_that_it_imports_and_has_a_main(script, monkeypatch):
+    monkeypatch.syspath_prepend(str(script.parent))  # as when it is run
     spec = importlib.util.spec_from_file_location(f"benchmark_{script.stem}", script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
