@@ -5,14 +5,15 @@ one machine.
     uv run --with continual-inference python benchmarks/continual.py --threads 0 --json JSON --plot PNG
 
 Without the package its column is left out and said to be. Rows: the convolution stack A of the specification at one
-stream and at 64 live streams that join and leave (ours: a ``StreamBatch``, with and without folded batch norms; the
-package steps one phase a network, so independent streams are 64 networks stepped one by one, and, for comparison only,
-one batch in lock-step, which cannot serve streams that come and go); the two-block encoder (d 1024, window 64); CoX3D-S
-per step against X3D-S per clip; memory per stream. ``--threads 0`` uses all cores. Times are medians over interleaved
-rounds, with the interquartile range beside them.
+stream and at 64 live streams that join and leave (ours: a ``StreamBatch``, with and without folded batch norms, and
+in channels-last order; the package steps one phase a network, so independent streams are 64 networks stepped one by
+one, and, for comparison only, one batch in lock-step, which cannot serve streams that come and go); the two-block
+encoder (d 1024, window 64); CoX3D-S per step against X3D-S per clip; memory per stream. ``--threads 0`` uses all
+cores. Times are medians over interleaved rounds, with the interquartile range beside them.
 """
 
 import argparse
+import copy
 import importlib
 import json
 import platform
@@ -30,6 +31,7 @@ from sparing import continual as co
 from sparing.continual import x3d
 from sparing.continual.folding import fold_batch_norm
 
+LAST = torch.channels_last_3d
 Variant = tuple[str, Callable[[], Any], int]  # name, one call, steps of one stream that the call stands for
 
 
@@ -104,6 +106,19 @@ def peer_stepper(network: Any, x: torch.Tensor, *, warm: int) -> Callable[[], An
     return lambda: network.forward_step(x)
 
 
+def one_by_one(peer: Any, streams: int, order: torch.memory_format = torch.preserve_format) -> Callable[[], Any]:
+    """Steps of as many networks of the package as there are streams."""
+    one = torch.randn(1, 3, 32, 32)
+    networks = [peer_stack_a(peer).to(memory_format=order) for _ in range(streams)]
+    steps = [peer_stepper(network, one, warm=14) for network in networks]
+
+    def call() -> None:
+        for step in steps:
+            step()
+
+    return call
+
+
 def bytes_of_peer(network: nn.Module) -> int:
     """Bytes of the tensors that the package keeps as state (whatever is not a weight or a norm statistic)."""
     known = {id(t) for t in (*network.parameters(), *network.buffers())}
@@ -153,6 +168,7 @@ def convolution_rows(peer: Any, streams: int, *, rounds: int) -> dict[str, Any]:
         variants += [
             ("ours, 64 that come and go", batch_stepper(network, x), streams),
             ("ours, norms folded", batch_stepper(folded, x), streams),
+            ("ours, folded, channels last", batch_stepper(copy.deepcopy(folded).to(memory_format=LAST), x), streams),
         ]
     variants += [
         ("ours, own clocks", stepper(network, x, lockstep=False), streams),
@@ -161,15 +177,10 @@ def convolution_rows(peer: Any, streams: int, *, rounds: int) -> dict[str, Any]:
     ]
     memory = {"ours": network.plan((3, 32, 32)).bytes_per_stream}
     if peer is not None:
-        one = torch.randn(1, 3, 32, 32)
-        separate = [peer_stepper(peer_stack_a(peer), one, warm=14) for _ in range(streams)]
-
-        def one_by_one() -> None:
-            for step in separate:
-                step()
-
         # independent streams cannot share a network of the package
-        variants.append(("peer, independent streams", one_by_one, len(separate)))
+        variants.append(("peer, independent streams", one_by_one(peer, streams), streams))
+        if streams > 1:
+            variants.append(("peer, independent, channels last", one_by_one(peer, streams, LAST), streams))
         batched = peer_stack_a(peer)
         variants.append(("peer, one lock-step batch", peer_stepper(batched, x, warm=14), streams))
         memory["peer"] = bytes_of_peer(batched) // streams

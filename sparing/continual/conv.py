@@ -9,6 +9,9 @@ length):
 * *partial*: the last ``R-1`` partial outputs are kept; one convolution of the frame with all taps adds to them and
   the oldest is said. The memory is ``R-1`` output frames, smaller when the layer strides in space.
 
+A network in ``torch.channels_last_3d`` (``network.to(memory_format=torch.channels_last_3d)``) keeps its histories and
+hands its frames on in that order; what it is given in another order is laid out anew once.
+
 The reference implementation pads the frame with k-1 zeros on both sides and convolves that (k times the work, (k-1)^2
 frames of state); this one does not.
 """
@@ -123,7 +126,7 @@ class TemporalConv(Continual):
         if self.formulation == "partial" or small:
             # Running sums are float32 at any precision of the frames.
             return {"partial": make((streams, out_shape[0], kept, *out_shape[1:]), dtype=torch.float32)}, out_shape
-        return {"history": make((streams, frame_shape[0], kept, *frame_shape[1:]))}, out_shape
+        return {"history": self._laid_out(make((streams, frame_shape[0], kept, *frame_shape[1:])))}, out_shape
 
     def _step(self, x: Tensor, memory: dict, tick: Tick) -> tuple[Tensor | None, dict]:
         if "partial" in memory:
@@ -133,7 +136,7 @@ class TemporalConv(Continual):
         new = memory
         if memory:
             old = self._replicated(memory["history"], window, tick)
-            window = torch.cat([old, window], 2)
+            window = self._laid_out(torch.cat([old, window], 2))
             new = {"history": keep(window[:, :, 1:], memory["history"], tick)}
         if is_lockstep(tick) and not emits_now(tick, self.span()):
             return None, new
@@ -214,10 +217,23 @@ class TemporalConv(Continual):
         fresh = tick.clock <= tick.delay
         return torch.where(fresh.view(-1, 1, 1, *rest), first, history), x
 
+    def _is_channels_last(self) -> bool:
+        weight = self.weight  # of one channel or one tap it is in both orders
+        return (
+            weight.ndim == 5
+            and not weight.is_contiguous()
+            and weight.is_contiguous(memory_format=torch.channels_last_3d)
+        )
+
+    def _laid_out(self, window: Tensor) -> Tensor:
+        """The window in the memory order of the weight; itself when it is."""
+        return window.contiguous(memory_format=torch.channels_last_3d) if self._is_channels_last() else window
+
     def _taps(self, window: Tensor) -> Tensor:
         """Contract the k taps of window (streams, C, k, ...) with one convolution of one dimension less."""
-        if self.groups > 1 and window.shape[2] > 1:
-            # Depthwise kernels exist for windows, not for k channels a group: 3 to 8 times faster on CPU.
+        if window.shape[2] > 1 and (self.groups > 1 or self._is_channels_last()):
+            # Depthwise kernels exist for windows, not for k channels a group: 3 to 8 times faster on CPU. With channels
+            # last the taps are not beside the channels and would have to be copied there.
             stride, padding, dilation = (1, *self.stride[1:]), (0, *self.padding[1:]), (1, *self.dilation[1:])
             convolve = _CONV[len(stride)]
             return convolve(window, self.weight, self.bias, stride, padding, dilation, self.groups).squeeze(2)

@@ -146,8 +146,14 @@ def gather(state: StreamState, order: Tensor | list[int]) -> StreamState:
     device = state.frame.device
     index = order if isinstance(order, Tensor) else torch.tensor(order, dtype=torch.int64, device=device)
     clock = state.clock if state.lockstep else state.clock.index_select(0, index)
-    memory = map_memory(lambda t: t.index_select(0, index), state.memory)
+    memory = map_memory(lambda t: _as_laid_out(t.index_select(0, index), t), state.memory)
     return StreamState(clock, memory, state.frame.index_select(0, index))
+
+
+def _as_laid_out(rows: Tensor, like: Tensor) -> Tensor:
+    """``rows`` in the memory order of ``like``, where that is channels-last."""
+    last = torch.channels_last_3d
+    return rows.contiguous(memory_format=last) if like.ndim == 5 and like.is_contiguous(memory_format=last) else rows
 
 
 def concatenate(parts: list[StreamState]) -> StreamState:

@@ -1,5 +1,6 @@
 """What is installed, what the machine has, and which kernels work on it."""
 
+import importlib
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +15,8 @@ _PACKAGES = (
     *("torchvision", "torchaudio", "timm", "diffusers", "transformers", "open_clip_torch", "accelerate", "safetensors"),
     *("huggingface_hub", "soundfile", "av", "torchmetrics", "pycocotools", "webdataset", "ray"),
 )
+# Compiled against one torch: a version that the installer accepted may still not load beside the torch that is here.
+_COMPILED = ("torchvision", "torchaudio")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,8 @@ def examine() -> Examination:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
+        if package in _COMPILED and versions[package] != "not installed":
+            versions[package] += _why_not_loaded(package)
     machine = {
         "platform": platform.platform(),
         "torch threads": str(torch.get_num_threads()),
@@ -49,3 +54,13 @@ def examine() -> Examination:
         "CUDA devices": str(torch.cuda.device_count()),
     }
     return Examination(versions, machine, report_kernels())
+
+
+def _why_not_loaded(package: str) -> str:
+    """'' where the package loads beside this torch, else why it does not."""
+    try:
+        importlib.import_module(package)
+    except Exception as error:  # OSError, ImportError and RuntimeError were all seen
+        cause = error.__cause__ or error
+        return f"  DOES NOT LOAD with torch {torch.__version__}, install the release made for it: {cause}"
+    return ""

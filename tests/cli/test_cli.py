@@ -235,6 +235,13 @@ def test_doctor_names_versions_and_every_backend_with_its_reason(tmp_path):
     assert any("CUDA" in reason for reason in attention["xformers"])
 
 
+def test_doctor_says_which_package_does_not_load_beside_this_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchaudio", None)  # an import of it fails now
+    lines = {line.split()[0]: line for line in run("doctor").stdout.splitlines() if line}
+    assert "DOES NOT LOAD with torch" in lines["torchaudio"]
+    assert "LOAD" not in lines["torchvision"]
+
+
 def test_debugging_lets_the_traceback_through(monkeypatch):
     monkeypatch.setenv("SPARING_DEBUG", "1")
     result = run("card", "no_such_model")
