@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiTPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -127,7 +128,7 @@ class FlexDiTPipeline(DiTPipeline):
                 ``pipeline._interrupt = True``.
 
         Raises:
-            ValueError: a label, density, shape or output type that is not possible, named.
+            ValueError: a label, density, shape or output type that is not possible, named; or NaN in the pixels.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
@@ -246,6 +247,11 @@ class FlexDiTPipeline(DiTPipeline):
         if output_type == "pt":
             return samples
         array = samples.cpu().permute(0, 2, 3, 1).float().numpy()
+        if bool(np.isnan(array).any()):
+            raise ValueError(
+                f"the samples hold NaN after guidance_scale {self._guidance_scale}: it is too large for this model or "
+                "precision, or the model's weights hold NaN (output_type 'pt' gives the samples as they are)"
+            )
         return self.numpy_to_pil(array) if output_type == "pil" else array
 
 

@@ -36,8 +36,9 @@ from sparing.training import (
     image_batches,
     write_json,
 )
-from sparing.training.loop import run_identity
+from sparing.training.loop import finished_run, run_identity
 from sparing.zoo.compare import feature_cosine, pooled_features, top1_agreement
+from sparing.zoo.fingerprints import network_fingerprint
 
 __all__ = ["PRESETS", "DistilSettings", "distill", "held_out_agreement"]
 
@@ -147,6 +148,15 @@ def distill(
     if not len(training):
         raise ValueError(f"{images} holds {len(plain)} images: too few to hold any out and train on the rest")
 
+    identity = {
+        **run_identity(varied, settings, image_settings or ImageSettings()),
+        "host": name,
+        "weights": network_fingerprint(host),
+        "method": method,
+        "knobs": twin.knobs,
+    }
+    if (finished := finished_run(out, fit_settings, identity)) is not None:
+        return finished
     teacher = _WithFeatures(host)
     device = Accelerator().device
     host.to(device)
@@ -180,12 +190,7 @@ def distill(
         fresh=fresh,
         evaluate=evaluate,
         on_step=on_step,
-        identity={
-            **run_identity(varied, settings, image_settings or ImageSettings()),
-            "host": name,
-            "method": method,
-            "knobs": twin.knobs,
-        },
+        identity=identity,
     )
     trained: Any = best.model
     if trained.status == "converted, not trained":
@@ -200,6 +205,7 @@ def distill(
         "after": {key: history[-1][key] for key in before},
         "history": history,
         "fit": asdict(fit_settings),
+        "identity": identity,
         "distil": asdict(settings),
         "augmentation": asdict(image_settings or ImageSettings()),
         "versions": {"sparing": sparing.__version__, "torch": torch.__version__},

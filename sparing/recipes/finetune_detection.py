@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import sparing
 from sparing.recipes.detection_data import DetectionBatches, open_detection
 from sparing.training import FitSettings, fit, write_json
+from sparing.training.loop import finished_run, run_identity
 from sparing.vision.detection import (
     DETECTORS,
     DetectorConfig,
@@ -35,6 +36,7 @@ from sparing.vision.detection import (
     load_detector,
     save_detector,
 )
+from sparing.zoo.fingerprints import network_fingerprint
 
 __all__ = ["finetune_detection", "mean_average_precision"]
 
@@ -79,6 +81,10 @@ def finetune_detection(
     model = build_detector(config, backbone)
     if start is not None:
         _begin_from(model, start, but=("backbone.body.",) if backbone is not None else ())
+    batches: Any = DetectionBatches(training, seed=fit_settings.seed)
+    identity = {**run_identity(batches), **asdict(config), "start": network_fingerprint(model)}
+    if (finished := finished_run(out, fit_settings, identity)) is not None:
+        return finished
     held_out = DetectionBatches(testing)
 
     def loss_of(module: nn.Module, batch: Any) -> Tensor:
@@ -88,7 +94,6 @@ def finetune_detection(
     def evaluate(module: nn.Module, accelerator: Accelerator) -> dict[str, float]:
         return mean_average_precision(module, held_out, accelerator=accelerator)
 
-    batches: Any = DetectionBatches(training, seed=fit_settings.seed)
     best, history = fit(
         model,
         loss_of,
@@ -97,7 +102,7 @@ def finetune_detection(
         out=out,
         evaluate=evaluate,
         on_step=on_step,
-        identity=asdict(config),
+        identity=identity,
     )
     metrics = {
         "data": str(data).rstrip("/").rpartition("/")[2],
@@ -107,6 +112,7 @@ def finetune_detection(
         "history": history,
         "detector": asdict(config),
         "fit": asdict(fit_settings),
+        "identity": identity,
         "versions": {"sparing": sparing.__version__, "torch": torch.__version__},
         "device": str(next(best.parameters()).device),
         "wall_seconds": time.perf_counter() - started,

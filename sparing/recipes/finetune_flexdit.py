@@ -52,7 +52,8 @@ from sparing.training import (
     train_transform,
 )
 from sparing.training.batches import fingerprint
-from sparing.training.loop import differences, run_identity
+from sparing.training.loop import finished_run, run_identity
+from sparing.zoo.fingerprints import network_fingerprint
 
 __all__ = ["FlexDiTSettings", "LatentBatches", "default_fit_settings", "finetune", "training_batches"]
 
@@ -243,10 +244,8 @@ def finetune(
             frozen.requires_grad_(False).eval().to(accelerator.device)
     losses = _Losses(model, samples, fit_settings, settings, accelerator=accelerator, teacher=teacher, vae=vae)
     losses.step = _steps_done(out / "checkpoint.pt")
-    identity = _identity(model, samples, settings)
-    if (finished := _finished(out, {"fit": asdict(fit_settings), "identity": identity})) is not None:
-        if accelerator.is_main_process:
-            print(f"{out} holds the result of this very run: nothing was trained", file=sys.stderr)
+    identity = _identity(model, samples, settings, teacher=teacher, vae=vae)
+    if (finished := finished_run(out, fit_settings, identity)) is not None:
         return finished
 
     def after(step: int) -> None:
@@ -287,29 +286,16 @@ def _steps_done(checkpoint: Path) -> int:
     return int(load_checkpoint(checkpoint).get("step", 0)) if checkpoint.exists() else 0
 
 
-def _identity(model: FlexDiTTransformer2DModel, samples: BatchSource, settings: FlexDiTSettings) -> dict[str, Any]:
-    """What a run must have in common with its checkpoint, besides the settings of the loop, as JSON."""
-    shape = {name: value for name, value in model.config.items() if not name.startswith("_") and name != "status"}
-    return json.loads(json.dumps({**shape, **run_identity(samples, settings)}))
-
-
-def _finished(out: Path, run: dict[str, Any]) -> dict[str, Any] | None:
-    """The metrics of the same run, where ``out`` holds its result; None where it holds none.
-
-    Raises:
-        ValueError: ``out`` holds the result of another run, or something else in the place of its metrics.
+def _identity(
+    model: FlexDiTTransformer2DModel, samples: BatchSource, settings: FlexDiTSettings, **networks: nn.Module | None
+) -> dict[str, Any]:
+    """What a run must have in common with its checkpoint, besides the settings of the loop, as JSON. ``networks`` are
+    those that it learns from.
     """
-    path = out / "metrics.json"
-    if not path.exists() or (out / "checkpoint.pt").exists():
-        return None
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        before = {**metrics["fit"], **metrics["identity"]}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not of this recipe; use another folder") from None
-    if changed := differences(before, {**run["fit"], **run["identity"]}):
-        raise ValueError(f"{out} holds the result of another run ({'; '.join(changed)}); use another folder")
-    return metrics
+    shape = {name: value for name, value in model.config.items() if not name.startswith("_") and name != "status"}
+    weights = {name: None if network is None else network_fingerprint(network) for name, network in networks.items()}
+    run = {**shape, **run_identity(samples, settings), "start": network_fingerprint(model), **weights}
+    return json.loads(json.dumps(run))
 
 
 class _Losses:

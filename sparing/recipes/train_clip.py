@@ -32,7 +32,8 @@ from sparing.continual import RecyclingPositionalEncoding
 from sparing.continual.twin import ContinualTwin
 from sparing.recipes.clip_data import ClipBatches, ClipFormat, ClipSet, open_clips
 from sparing.training import Batch, BatchSource, FitSettings, fit, shift_and_flip, uniforms, write_json
-from sparing.training.loop import run_identity
+from sparing.training.loop import finished_run, run_identity
+from sparing.zoo.fingerprints import network_fingerprint
 
 __all__ = ["ClipSettings", "clip_accuracy", "clip_format", "normalise", "train_clip"]
 
@@ -170,6 +171,11 @@ def train_clip(
     config["label_names"], config["lag_frames"] = list(training.class_names), settings.lag
     change = partial(vary, settings=settings, config=config, seed=seed)
     batches = ClipBatches(training, seed=seed, prepare=change)
+    identity = {**run_identity(batches, settings), "classes": list(training.class_names)}
+    # where training begins from: not asked when a stopped run goes on, which may have begun from a random model
+    whole = {**identity, "start": network_fingerprint(model)}
+    if (finished := finished_run(out, fit_settings, whole)) is not None:
+        return finished
     tests = ClipBatches(testing, seed=None, prepare=lambda clips, **_: normalise(clips, config))
     options = {"se": "stream"} if settings.online else {}
 
@@ -192,7 +198,7 @@ def train_clip(
         out=out,
         evaluate=evaluate,
         on_step=on_step,
-        identity={**run_identity(batches, settings), "classes": list(training.class_names)},
+        identity=identity,
     )
     best.status = "trained"  # type: ignore[assignment]
     metrics = {
@@ -204,6 +210,7 @@ def train_clip(
         "left_out": len(bad),
         "history": history,
         "fit": asdict(fit_settings),
+        "identity": whole,
         "clip": asdict(settings),
         "versions": {"sparing": sparing.__version__, "torch": torch.__version__},
         "device": str(next(best.parameters()).device),

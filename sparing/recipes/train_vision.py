@@ -35,7 +35,8 @@ from sparing.training import (
     image_batches,
     write_json,
 )
-from sparing.training.loop import run_identity
+from sparing.training.loop import finished_run, run_identity
+from sparing.zoo.fingerprints import network_fingerprint
 
 __all__ = ["TrainSettings", "accuracy", "save_model", "train"]
 
@@ -86,6 +87,11 @@ def train(
             f"{data} has {training.num_classes} classes, the model has {num_classes}: "
             f"create it with num_classes={training.num_classes}"
         )
+    identity = run_identity(training, settings, image_settings)
+    # where training begins from: not asked when a stopped run goes on, which may have begun from a random model
+    whole = {**identity, "knobs": getattr(model, "knobs", None), "start": network_fingerprint(model)}
+    if (finished := finished_run(out, fit_settings, whole)) is not None:
+        return finished
     mix = None
     if settings.mixup or settings.cutmix:
         mix = MixBatch(num_classes, mixup=settings.mixup, cutmix=settings.cutmix)
@@ -108,7 +114,7 @@ def train(
         fresh=fresh,
         evaluate=evaluate,
         on_step=on_step,
-        identity=run_identity(training, settings, image_settings),
+        identity=identity,
     )
     if hasattr(best, "status"):
         best.status = "trained"
@@ -118,6 +124,7 @@ def train(
         "test_samples": len(testing),
         "history": history,
         "fit": asdict(fit_settings),
+        "identity": whole,
         "train": asdict(settings),
         "images": asdict(image_settings),
         "versions": {"sparing": sparing.__version__, "torch": torch.__version__},

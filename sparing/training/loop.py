@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,7 +23,7 @@ from sparing.training.progress import progress
 from sparing.training.schedule import set_learning_rates, warmup_cosine
 from sparing.training.seeding import epoch_order, sample_keys
 
-__all__ = ["FitSettings", "differences", "fit", "run_identity"]
+__all__ = ["FitSettings", "differences", "finished_run", "fit", "run_identity"]
 
 _STEP_STREAM = 4
 _SPEED_ONLY = ("num_workers", "cache_mb")
@@ -251,6 +252,28 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ]
+
+
+def finished_run(out: Path, settings: FitSettings, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The metrics of this very run, where ``out`` holds its result already (and says so on stderr); None where it
+    holds none. A recipe asks before it trains, and keeps ``fit`` (the settings) and ``identity`` in its metrics.json.
+
+    Raises:
+        ValueError: ``out`` holds the result of another run, or something else in the place of its metrics.
+    """
+    path = out / "metrics.json"
+    if not path.exists() or (out / "checkpoint.pt").exists():
+        return None
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        before = {**metrics["fit"], **metrics["identity"]}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not of this recipe; use another folder") from None
+    if changed := differences(before, json.loads(json.dumps({**asdict(settings), **identity}))):
+        raise ValueError(f"{out} holds the result of another run ({'; '.join(changed)}); use another folder")
+    if Accelerator().is_main_process:
+        print(f"{out} holds the result of this very run: nothing was trained", file=sys.stderr)
+    return dict(metrics)
 
 
 def _restore(

@@ -356,6 +356,14 @@ def test_impossible_labels_and_guidance_are_refused_by_value(labels, arguments, 
     assert _pipeline().label_indices(torch.tensor([1, 2])) == [1, 2]
 
 
+def test_pixels_that_are_not_numbers_are_refused_and_raw_samples_are_given_as_they_are():
+    pipeline = _pipeline()
+    with pytest.raises(ValueError, match=r"NaN after guidance_scale 1e\+38"):
+        pipeline([3], num_inference_steps=3, guidance_scale=1e38)
+    raw = pipeline([3], num_inference_steps=3, guidance_scale=1e38, output_type="pt").images
+    assert raw.isnan().any()
+
+
 def test_a_transformer_that_was_compiled_in_place_of_itself_keeps_its_densities(monkeypatch):
     def run(pipeline, **kwargs):
         generator = torch.Generator().manual_seed(0)

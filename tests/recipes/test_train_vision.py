@@ -34,6 +34,26 @@ def test_a_vit_learns_and_its_saved_weights_give_the_stated_accuracy(tmp_path, i
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+def test_a_finished_run_is_not_trained_again_nor_overwritten_by_another(tmp_path, idx_folder, tiny_vit, capsys):
+    def run(epochs=1, scale=1.0, **options):
+        model = tiny_vit()
+        with torch.no_grad():
+            model.head.weight.mul_(scale)
+        settings = FitSettings(epochs=epochs, batch_size=8)
+        return train(model, str(idx_folder), out=tmp_path, fit_settings=settings, **options)
+
+    first = run()
+    weights, steps = (tmp_path / "model.safetensors").read_bytes(), []
+    assert run(on_step=steps.append) == json.loads(json.dumps(first))
+    assert steps == []
+    assert "nothing was trained" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"result of another run .epochs: 1 before, 2 now"):
+        run(epochs=2)
+    with pytest.raises(ValueError, match=r"result of another run .start: "):
+        run(scale=2.0)
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+
+
 def test_a_twin_is_fine_tuned_and_comes_back_by_load(tmp_path, idx_folder, tiny_vit):
     twin = sparing.twin(tiny_vit(), "stvit", num_tokens=4, base_depth=1)
     settings = FitSettings(epochs=1, batch_size=8)
