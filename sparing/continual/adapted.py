@@ -250,10 +250,10 @@ class AdaptedConv(Adapted):
             kept = out_kept if in_kept is None else in_kept
             if kept is None or (out_kept is not None and in_kept is not None and not torch.equal(out_kept, in_kept)):
                 raise ValueError("a depthwise convolution keeps the same channels at its input and its output")
-            self.weight = kept_part(self.stored_weight, 0, kept)
+            self.register_parameter("weight", kept_part(self.stored_weight, 0, kept))
             self.bias = None if self.bias is None else kept_part(self.bias, 0, kept)
             self.groups = len(self.stored_weight)
             return None
-        self.weight = kept_part(kept_part(self.stored_weight, 0, out_kept), 1, in_kept)
+        self.register_parameter("weight", kept_part(kept_part(self.stored_weight, 0, out_kept), 1, in_kept))
         self.bias = None if self.bias is None else kept_part(self.bias, 0, out_kept)
         return in_kept

@@ -78,7 +78,7 @@ class SPLoRALinear(AdaptedLinear):
         return F.linear(x, self.stored_weight, self.bias) + low
 
     def _prune(self, out_kept: Tensor | None, in_kept: Tensor | None) -> None:
-        self.weight = kept_part(kept_part(self.stored_weight, 0, out_kept), 1, in_kept)
+        self.register_parameter("weight", kept_part(kept_part(self.stored_weight, 0, out_kept), 1, in_kept))
         self.bias = None if self.bias is None else kept_part(self.bias, 0, out_kept)
         self.adapter.prune(out_kept, in_kept)
 
