@@ -5,6 +5,7 @@ are in :mod:`sparing.continual.adapters` (SPLoRA, SPPaRA) and :mod:`sparing.cont
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,15 +20,17 @@ class LowRank(nn.Module):
     """``cols[0] @ rows[0]``: rows (1, r, in), cols (1, out, r).
 
     Rows are Kaiming-uniform on the three-axis tensor, which is U(+-1/sqrt(r * in)), and columns nearly zero, as
-    published.
+    published. They have the device and dtype of ``like``, the weight that they are added to.
     """
 
-    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+    def __init__(self, in_features: int, out_features: int, rank: int, *, like: Tensor | None = None) -> None:
         super().__init__()
         self.rows = nn.Parameter(torch.empty(1, rank, in_features))
         self.cols = nn.Parameter(torch.empty(1, out_features, rank))
         nn.init.kaiming_uniform_(self.rows, a=math.sqrt(5))
         nn.init.uniform_(self.cols, -NEAR_ZERO, NEAR_ZERO)
+        if like is not None:  # drawn on the CPU, so that a seed means the same numbers everywhere
+            self.to(like)
 
     def forward(self) -> Tensor:
         return self.cols[0] @ self.rows[0]
@@ -46,18 +49,55 @@ def kept_part(parameter: Tensor, axis: int, kept: Tensor | None) -> nn.Parameter
 
 
 def rank_of(rank: float, out_features: int) -> int:
-    """A rank below 1 is a share of the output channels. Raises ValueError for ranks that are not positive."""
+    """A rank below 1 is a share of the output channels.
+
+    Raises:
+        ValueError: a rank that is not positive, or above 1 and no whole number.
+    """
+    if not math.isfinite(rank) or (rank > 1 and rank != int(rank)):
+        raise ValueError(f"rank must be a whole number, or below 1 a share of the outputs; got {rank}")
     chosen = round(out_features * rank) if rank < 1 else int(rank)
     if chosen < 1:
         raise ValueError(f"rank must be at least 1, or a share of {out_features} outputs that makes one; got {rank}")
     return chosen
 
 
-class Adapted(nn.Module):
-    """Mixin of adapted layers: a frozen ``weight``, a trainable ``bias``, and ``addition()`` of the weight's shape."""
+def places(module: nn.Module) -> dict[str, nn.Module]:
+    """Every place of a network by its dotted name: a module that is used in two places is there twice."""
+    return dict(module.named_modules(remove_duplicate=False))
 
-    weight: Tensor
+
+def below(name: str, tops: Iterable[str]) -> bool:
+    """Whether a dotted name is one of ``tops``, or lies inside one."""
+    return any(name == top or name.startswith(f"{top}.") for top in tops)
+
+
+def stored_weight(layer: Any) -> Tensor:
+    """The parameter behind ``weight`` of a plain or an adapted layer."""
+    return layer.stored_weight if isinstance(layer, Adapted) else layer.weight
+
+
+class Adapted(nn.Module):
+    """Mixin of adapted layers: a frozen stored weight, a trainable ``bias``, ``addition()`` of the weight's shape.
+
+    The state dict and ``named_parameters`` hold the frozen tensor under ``weight``. The attribute ``weight`` is the
+    adapted one, because networks that do not call their layers read it (the inference path of
+    ``nn.TransformerEncoderLayer``, attentions that join their own biases) and must not lose the adapter.
+    """
+
     bias: Tensor | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the layer computes with; the frozen one is ``stored_weight``."""
+        if self._parameters.get("weight") is None:
+            raise AttributeError("weight")
+        return self.adapted_weight()
+
+    @property
+    def stored_weight(self) -> Tensor:
+        """The parameter itself, without the adapter."""
+        return self._parameters["weight"]  # type: ignore[return-value]
 
     def addition(self) -> Tensor:
         """What is added to the weight, in its shape."""
@@ -65,7 +105,7 @@ class Adapted(nn.Module):
 
     def adapted_weight(self) -> Tensor:
         """The weight that the layer computes with."""
-        return self.weight + self.addition()
+        return self.stored_weight + self.addition()
 
     def fuse(self) -> nn.Module:
         """The plain torch layer with the adapted weight: same outputs, no adapter."""
@@ -73,7 +113,7 @@ class Adapted(nn.Module):
 
     def unfuse(self) -> nn.Module:
         """The plain torch layer with the frozen weight, as it was before the adapter."""
-        return self._plain(self.weight)
+        return self._plain(self.stored_weight)
 
     def _plain(self, weight: Tensor) -> nn.Module:
         raise NotImplementedError(type(self).__name__)
@@ -82,17 +122,16 @@ class Adapted(nn.Module):
         """Keep only some channels, in place. Masks are bool or indices; None keeps all.
 
         Raises:
-            ValueError: a mask of another length, or one that keeps nothing.
+            ValueError: a mask of another length or type, indices out of range or given twice, or nothing kept.
         """
-        for name, kept, size in (("out_kept", out_kept, self.weight.shape[0]), ("in_kept", in_kept, self._inputs())):
-            if kept is not None and kept.dtype == torch.bool and kept.shape != (size,):
-                raise ValueError(f"{name} must have {size} entries, got {tuple(kept.shape)}")
-            if kept is not None and not (kept.any() if kept.dtype == torch.bool else kept.numel()):
-                raise ValueError(f"{name} keeps none of {size} channels")
+        rows = self.stored_weight.shape[0]
+        for name, kept, size in (("out_kept", out_kept, rows), ("in_kept", in_kept, self._inputs())):
+            if kept is not None:
+                _check_kept(name, kept, size)
         self._prune(out_kept, in_kept)
 
     def _inputs(self) -> int:
-        return self.weight.shape[1]
+        return self.stored_weight.shape[1]
 
     def _prune(self, out_kept: Tensor | None, in_kept: Tensor | None) -> None:
         raise NotImplementedError(type(self).__name__)
@@ -102,8 +141,38 @@ class Adapted(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
+def _check_kept(name: str, kept: Tensor, size: int) -> None:
+    if kept.dtype == torch.bool:
+        if kept.shape != (size,):
+            raise ValueError(f"{name} must have {size} entries, got {tuple(kept.shape)}")
+        if not kept.any():
+            raise ValueError(f"{name} keeps none of {size} channels")
+        return
+    if kept.dtype not in (torch.int32, torch.int64) or kept.ndim != 1:
+        raise ValueError(f"{name} must be a bool mask or indices, one axis; got {kept.dtype} {tuple(kept.shape)}")
+    if not kept.numel():
+        raise ValueError(f"{name} keeps none of {size} channels")
+    if kept.min() < 0 or kept.max() >= size or len(kept.unique()) != len(kept):
+        raise ValueError(f"{name} must be different indices in 0..{size - 1}, got {kept.tolist()}")
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a torch layer computes with a weight and a bias of its own, and none made by a reparametrisation."""
+    return set(layer._parameters) == {"weight", "bias"} and layer._parameters["weight"] is not None
+
+
 def take_layer(layer: Any, source: Any) -> None:
-    """Copy weight (frozen) and bias of a torch layer."""
+    """Copy weight (frozen) and bias of a torch layer, and whether it is in train or eval mode.
+
+    Raises:
+        ValueError: a layer whose weight is made of other parameters.
+    """
+    if not is_plain(source):
+        raise ValueError(
+            f"the weight of this {type(source).__name__} is made of {', '.join(source._parameters)}: remove the "
+            "reparametrisation (remove_weight_norm, remove_spectral_norm) first"
+        )
+    layer.train(source.training)
     layer.weight = nn.Parameter(source.weight.detach().clone(), requires_grad=False)
     layer.bias = None if source.bias is None else nn.Parameter(source.bias.detach().clone())
 
@@ -116,7 +185,7 @@ class AdaptedLinear(Adapted):
 
     def _plain(self, weight: Tensor) -> nn.Module:
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias=self.bias is not None, device=weight.device)
-        return filled(plain, weight, self.bias)
+        return filled(plain, weight, self.bias).train(self.training)
 
 
 def filled(plain: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -162,10 +231,10 @@ class AdaptedConv(Adapted):
             bias=self.bias is not None,
             device=weight.device,
         )
-        return filled(plain, weight, self.bias)
+        return filled(plain, weight, self.bias).train(self.training)
 
     def _inputs(self) -> int:
-        return self.weight.shape[1] * self.groups
+        return self.stored_weight.shape[1] * self.groups
 
     def _rows_kept(self, out_kept: Tensor | None, in_kept: Tensor | None) -> Tensor | None:
         """What is kept of the output axis: in a depthwise convolution either mask says it."""
@@ -174,17 +243,17 @@ class AdaptedConv(Adapted):
     def _prune_host(self, out_kept: Tensor | None, in_kept: Tensor | None) -> Tensor | None:
         """Prune weight and bias; what is kept of the weight's own input axis (None = all)."""
         if self.groups != 1:
-            if self.groups != len(self.weight) or self.weight.shape[1] != 1:
+            if self.groups != len(self.stored_weight) or self.stored_weight.shape[1] != 1:
                 raise ValueError(
                     f"channels of a grouped convolution (groups={self.groups}) are pruned by whole groups only"
                 )
             kept = out_kept if in_kept is None else in_kept
             if kept is None or (out_kept is not None and in_kept is not None and not torch.equal(out_kept, in_kept)):
                 raise ValueError("a depthwise convolution keeps the same channels at its input and its output")
-            self.weight = kept_part(self.weight, 0, kept)
+            self.register_parameter("weight", kept_part(self.stored_weight, 0, kept))
             self.bias = None if self.bias is None else kept_part(self.bias, 0, kept)
-            self.groups = len(self.weight)
+            self.groups = len(self.stored_weight)
             return None
-        self.weight = kept_part(kept_part(self.weight, 0, out_kept), 1, in_kept)
+        self.register_parameter("weight", kept_part(kept_part(self.stored_weight, 0, out_kept), 1, in_kept))
         self.bias = None if self.bias is None else kept_part(self.bias, 0, out_kept)
         return in_kept

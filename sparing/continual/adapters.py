@@ -27,8 +27,11 @@ from sparing.continual.adapted import (
     AdaptedConv,
     AdaptedLinear,
     LowRank,
+    below,
     filled,
+    is_plain,
     kept_part,
+    places,
     rank_of,
 )
 from sparing.continual.block_adapters import BlockLinear, Prototypes, SPLoPALinear
@@ -62,8 +65,8 @@ class SPLoRALinear(AdaptedLinear):
     def __init__(self, linear: nn.Linear, *, rank: float = 16) -> None:
         super().__init__()
         self._set(linear)
-        out_features, in_features = self.weight.shape
-        self.adapter = LowRank(in_features, out_features, rank_of(rank, out_features))
+        out_features, in_features = linear.weight.shape
+        self.adapter = LowRank(in_features, out_features, rank_of(rank, out_features), like=linear.weight)
 
     def addition(self) -> Tensor:
         return self.adapter()
@@ -72,10 +75,10 @@ class SPLoRALinear(AdaptedLinear):
         if not self.training:
             return F.linear(x, self.adapted_weight(), self.bias)
         low = F.linear(F.linear(x, self.adapter.rows[0]), self.adapter.cols[0])
-        return F.linear(x, self.weight, self.bias) + low
+        return F.linear(x, self.stored_weight, self.bias) + low
 
     def _prune(self, out_kept: Tensor | None, in_kept: Tensor | None) -> None:
-        self.weight = kept_part(kept_part(self.weight, 0, out_kept), 1, in_kept)
+        self.register_parameter("weight", kept_part(kept_part(self.stored_weight, 0, out_kept), 1, in_kept))
         self.bias = None if self.bias is None else kept_part(self.bias, 0, out_kept)
         self.adapter.prune(out_kept, in_kept)
 
@@ -86,8 +89,8 @@ class SPLoRAConv(AdaptedConv):
     def __init__(self, conv: nn.Module, *, rank: float = 16) -> None:
         super().__init__()
         self._set(conv)
-        out_channels, in_channels = self.weight.shape[:2]
-        self.adapter = LowRank(in_channels, out_channels, rank_of(rank, out_channels))
+        out_channels, in_channels = self.stored_weight.shape[:2]
+        self.adapter = LowRank(in_channels, out_channels, rank_of(rank, out_channels), like=self.stored_weight)
 
     def addition(self) -> Tensor:
         return self._at_centre(self.adapter())
@@ -102,8 +105,8 @@ class SPPaRAConv(AdaptedConv):
     def __init__(self, conv: nn.Module) -> None:
         super().__init__()
         self._set(conv)
-        self.adapter = nn.Parameter(torch.empty(self.weight.shape[:2]))
-        nn.init.uniform_(self.adapter, -NEAR_ZERO, NEAR_ZERO)
+        first = nn.init.uniform_(torch.empty(self.stored_weight.shape[:2]), -NEAR_ZERO, NEAR_ZERO)
+        self.adapter = nn.Parameter(first.to(self.stored_weight))
 
     def addition(self) -> Tensor:
         return self._at_centre(self.adapter)
@@ -126,14 +129,15 @@ class SPLoRAMultiheadAttention(nn.Module):
             raise ValueError("expected an nn.MultiheadAttention with one width, without bias_kv and add_zero_attn")
         self.embed_dim, self.num_heads = attention.embed_dim, attention.num_heads
         self.batch_first, self.dropout = attention.batch_first, attention.dropout
+        self.train(attention.training)
         for name, weight in zip("qkv", attention.in_proj_weight.detach().chunk(3)):
             plain = filled(nn.Linear(self.embed_dim, self.embed_dim, bias=False), weight, None)
-            self.add_module(f"{name}_proj", SPLoRALinear(plain, rank=rank))  # type: ignore[arg-type]
+            self.add_module(f"{name}_proj", SPLoRALinear(plain.train(self.training), rank=rank))  # type: ignore[arg-type]
         bias = attention.in_proj_bias
         self.in_proj_bias = None if bias is None else nn.Parameter(bias.detach().clone())
         out = attention.out_proj
         copied = filled(nn.Linear(self.embed_dim, self.embed_dim, bias=out.bias is not None), out.weight, out.bias)
-        self.out_proj = SPLoRALinear(copied, rank=rank)  # type: ignore[arg-type]
+        self.out_proj = SPLoRALinear(copied.train(self.training), rank=rank)  # type: ignore[arg-type]
 
     @property
     def in_proj_weight(self) -> Tensor:
@@ -141,8 +145,9 @@ class SPLoRAMultiheadAttention(nn.Module):
         return torch.cat([self._modules[f"{name}_proj"].adapted_weight() for name in "qkv"])  # type: ignore[union-attr]
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-        """As torch's; options are those of ``F.multi_head_attention_forward``."""
-        if self.batch_first:
+        """As torch's, (tokens, width) without a batch too; options are those of ``F.multi_head_attention_forward``."""
+        turned = self.batch_first and query.ndim == 3
+        if turned:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
         out, weights = F.multi_head_attention_forward(
             query,
@@ -161,7 +166,7 @@ class SPLoRAMultiheadAttention(nn.Module):
             training=self.training,
             **options,
         )
-        return (out.transpose(0, 1) if self.batch_first else out), weights
+        return (out.transpose(0, 1) if turned else out), weights
 
     def fuse(self) -> nn.MultiheadAttention:
         """The plain torch attention with the adapted weights."""
@@ -171,6 +176,8 @@ class SPLoRAMultiheadAttention(nn.Module):
             dropout=self.dropout,
             bias=self.in_proj_bias is not None,
             batch_first=self.batch_first,
+            device=self.out_proj.stored_weight.device,
+            dtype=self.out_proj.stored_weight.dtype,
         )
         with torch.no_grad():
             plain.in_proj_weight.copy_(self.in_proj_weight)
@@ -179,7 +186,7 @@ class SPLoRAMultiheadAttention(nn.Module):
                 plain.in_proj_bias.copy_(self.in_proj_bias)
             if self.out_proj.bias is not None:
                 plain.out_proj.bias.copy_(self.out_proj.bias)
-        return plain
+        return plain.train(self.training)
 
 
 def adapt(
@@ -209,45 +216,56 @@ def adapt(
         The same network.
 
     Raises:
-        ValueError: an unknown method, a name in ``skip`` that is not there, or no layer that takes an adapter.
+        ValueError: an unknown method, a name in ``skip`` that is not there, a layer that carries an adapter already
+            (skipped ones may), a single layer, or no layer that takes an adapter. The network is left as it was.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     skipped = tuple(skip)
-    names = dict(module.named_modules())
+    names = places(module)
     unknown = [name for name in skipped if name not in names]
     if unknown:
         raise ValueError(f"skip names {unknown}, which this {type(module).__name__} does not have")
+    spared = {id(child) for name, child in names.items() if below(name, skipped)}  # in its other places too
+    for name, child in names.items():
+        if isinstance(child, (Adapted, SPLoRAMultiheadAttention)) and id(child) not in spared:
+            raise ValueError(f"{name or type(child).__name__!r} carries an adapter already: fuse it first, or skip it")
     if method == "fine":
         return module
+    if type(module) in (nn.Linear, *CONV):
+        raise ValueError(
+            f"expected a network whose layers can be replaced in place, got a single {type(module).__name__}: "
+            "wrap it by its adapter (SPLoRALinear, SPLoRAConv, ...)"
+        )
     shared = Prototypes(num_prototypes, block_shape) if method == "splopa" else None
-    adapted = 0
+    made: dict[int, nn.Module | None] = {}
     for name, child in names.items():
-        if not name or _below(name, skipped):
+        if id(child) in spared or id(child) in made:
             continue
-        new = _adapter(child, method=method, rank=rank, block_shape=block_shape, prototypes=shared)
-        if new is not None:
-            parent, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(parent), leaf, new)
-            adapted += 1
+        try:
+            made[id(child)] = _adapter(child, method=method, rank=rank, block_shape=block_shape, prototypes=shared)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+    adapted = {name: new for name, child in names.items() if (new := made.get(id(child))) is not None}
     if not adapted:
         raise ValueError(f"no layer of this {type(module).__name__} takes an adapter of method {method!r}")
+    for name, new in adapted.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, new)
     if method != "fine_blocks":
-        own = {id(p) for m in module.modules() if isinstance(m, Adapted) for p in m.parameters()}
-        for name, parameter in module.named_parameters():
-            if id(parameter) not in own and parameter.ndim > 1 and not _below(name, skipped):
+        own = {id(p) for m in module.modules() if isinstance(m, Adapted) or id(m) in spared for p in m.parameters()}
+        for parameter in module.parameters():
+            if id(parameter) not in own and parameter.ndim > 1:
                 parameter.requires_grad_(False)
     return module
-
-
-def _below(name: str, skipped: tuple[str, ...]) -> bool:
-    return any(name == skip or name.startswith(f"{skip}.") for skip in skipped)
 
 
 def _adapter(
     layer: Any, *, method: str, rank: float, block_shape: tuple[int, int], prototypes: Prototypes | None
 ) -> nn.Module | None:
     """The adapted layer; None for one that takes no adapter."""
+    if type(layer) in (nn.Linear, *CONV) and not is_plain(layer):
+        return None
     if type(layer) is nn.Linear:
         if method in ("splora", "sppara"):
             return SPLoRALinear(layer, rank=rank)
@@ -263,11 +281,18 @@ def _adapter(
 
 
 def fuse(module: nn.Module) -> nn.Module:
-    """Replace every adapter of a network by its fused torch layer, in place, and return the network."""
-    if isinstance(module, (Adapted, SPLoRAMultiheadAttention)):
-        return module.fuse()
-    for name, child in list(module.named_children()):
-        setattr(module, name, fuse(child))
+    """Replace every adapter of a network by its fused torch layer, in place, and return the network.
+
+    An adapter in several places becomes one layer in the same places. A network without adapters stays as it is.
+    """
+    names = places(module)
+    plain = {id(m): m.fuse() for m in names.values() if isinstance(m, (Adapted, SPLoRAMultiheadAttention))}
+    if id(module) in plain:
+        return plain[id(module)]
+    for name, child in names.items():
+        parent, _, leaf = name.rpartition(".")
+        if id(child) in plain and type(holder := names[parent]) is not SPLoRAMultiheadAttention:
+            setattr(holder, leaf, plain[id(child)])
     return module
 
 

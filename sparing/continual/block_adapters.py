@@ -48,7 +48,10 @@ class KeptBlocks(nn.Module):
         stored = state_dict.pop(f"{prefix}kept", None)
         if stored is not None and stored.shape != self.kept.shape:
             raise ValueError(f"{prefix}kept has {tuple(stored.shape)} blocks, the layer {tuple(self.kept.shape)}")
-        self.kept.copy_(torch.ones_like(self.kept) if stored is None else stored.bool())
+        if stored is not None:
+            self.kept.copy_(stored.bool())
+        elif any(key.startswith(prefix) for key in state_dict):  # this layer's tensors, of which no block was dropped
+            self.kept.fill_(True)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def drop(self, kept: Tensor) -> None:
@@ -107,7 +110,7 @@ class SPLoPALinear(AdaptedLinear):
         if (prototypes.cols.shape[1], prototypes.rows.shape[2]) != tuple(block_shape):
             raise ValueError(f"the shared prototypes are not {block_shape}")
         self.block_shape = block_shape
-        self.adapter = _Blocks(prototypes, grid)
+        self.adapter = _Blocks(prototypes, grid).to(linear.weight)
 
     @property
     def kept(self) -> Tensor:
@@ -117,7 +120,7 @@ class SPLoPALinear(AdaptedLinear):
     def addition(self) -> Tensor:
         positions = self.adapter.pos_weights * self.adapter.kept  # a dropped block learns nothing
         placed = torch.einsum("i r s, i p q -> r p s q", positions, self.adapter.prototypes())
-        return placed.reshape(self.weight.shape)
+        return placed.reshape(self.stored_weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.adapted_weight(), self.bias)
@@ -144,7 +147,7 @@ class SPLoPALinear(AdaptedLinear):
         """
         self.adapter.drop(kept)
         with torch.no_grad():
-            self.weight.mul_(spread(self.kept, self.block_shape))
+            self.stored_weight.mul_(spread(self.kept, self.block_shape))
             self.adapter.pos_weights.mul_(self.kept)
 
 
@@ -153,19 +156,25 @@ class BlockLinear(KeptBlocks, Adapted):
 
     def __init__(self, linear: nn.Linear, *, block_shape: BlockShape = (32, 32)) -> None:
         super().__init__()
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"expected an nn.Linear, got {type(linear).__name__}")
         take_layer(self, linear)
-        self.weight.requires_grad_(True)
+        self.stored_weight.requires_grad_(True)
         self.block_shape = block_shape
-        self.register_buffer("kept", torch.ones(check_blocks(linear, block_shape), dtype=torch.bool), persistent=False)
+        kept = torch.ones(check_blocks(linear, block_shape), dtype=torch.bool, device=linear.weight.device)
+        self.register_buffer("kept", kept, persistent=False)
 
     def adapted_weight(self) -> Tensor:
-        return self.weight * spread(self.kept, self.block_shape)
+        return self.stored_weight * spread(self.kept, self.block_shape)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.adapted_weight(), self.bias)
 
     def _plain(self, weight: Tensor) -> nn.Module:
         return AdaptedLinear._plain(self, weight)  # type: ignore[arg-type]
+
+    def _prune(self, out_kept: Tensor | None, in_kept: Tensor | None) -> None:
+        raise ValueError("BlockLinear prunes whole blocks: use prune_blocks")
 
     def learned_parameters(self) -> int:
         """Weights of the kept blocks, and the bias."""
@@ -176,7 +185,7 @@ class BlockLinear(KeptBlocks, Adapted):
         """Zero the blocks that ``kept`` drops, in place; they stay zero."""
         self.drop(kept)
         with torch.no_grad():
-            self.weight.mul_(spread(self.kept, self.block_shape))
+            self.stored_weight.mul_(spread(self.kept, self.block_shape))
 
 
 def block_sums(values: Tensor, block_shape: BlockShape) -> Tensor:

@@ -83,7 +83,7 @@ def splora_linear_pruned(case: Case) -> dict[str, Tensor]:
     torch.testing.assert_close(module.fuse().weight, whole[out_kept][:, in_kept], atol=1e-6, rtol=1e-5)
     return {
         "output": module.eval()(case.inputs["input"]),
-        "pruned_weight": module.weight,
+        "pruned_weight": module.stored_weight,
         "pruned_bias": module.bias,
         "pruned_adapter_rows": module.adapter.rows,
         "pruned_adapter_cols": module.adapter.cols,
