@@ -82,8 +82,10 @@ def finetune_detection(
     if start is not None:
         _begin_from(model, start, but=("backbone.body.",) if backbone is not None else ())
     batches: Any = DetectionBatches(training, seed=fit_settings.seed)
-    identity = {**run_identity(batches), **asdict(config), "start": network_fingerprint(model)}
-    if (finished := finished_run(out, fit_settings, identity)) is not None:
+    identity = {**run_identity(batches), **asdict(config)}
+    # where training begins from: not asked when a stopped run goes on, which may have changed the model in place
+    whole = {**identity, "start": network_fingerprint(model)}
+    if (finished := finished_run(out, fit_settings, whole)) is not None:
         return finished
     held_out = DetectionBatches(testing)
 
@@ -112,7 +114,7 @@ def finetune_detection(
         "history": history,
         "detector": asdict(config),
         "fit": asdict(fit_settings),
-        "identity": identity,
+        "identity": whole,
         "versions": {"sparing": sparing.__version__, "torch": torch.__version__},
         "device": str(next(best.parameters()).device),
         "wall_seconds": time.perf_counter() - started,

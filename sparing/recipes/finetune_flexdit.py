@@ -245,7 +245,9 @@ def finetune(
     losses = _Losses(model, samples, fit_settings, settings, accelerator=accelerator, teacher=teacher, vae=vae)
     losses.step = _steps_done(out / "checkpoint.pt")
     identity = _identity(model, samples, settings, teacher=teacher, vae=vae)
-    if (finished := finished_run(out, fit_settings, identity)) is not None:
+    # where training begins from: not asked when a stopped run goes on, which may have changed the model in place
+    whole = {**identity, "start": network_fingerprint(model)}
+    if (finished := finished_run(out, fit_settings, whole)) is not None:
         return finished
 
     def after(step: int) -> None:
@@ -262,7 +264,7 @@ def finetune(
         "knobs": best.knobs,
         "fit": asdict(fit_settings),
         "flexdit": asdict(settings),
-        "identity": identity,
+        "identity": whole,
         "samples": len(samples),
         "versions": {"sparing": sparing.__version__, "torch": torch.__version__},
         "device": str(accelerator.device),
@@ -294,7 +296,7 @@ def _identity(
     """
     shape = {name: value for name, value in model.config.items() if not name.startswith("_") and name != "status"}
     weights = {name: None if network is None else network_fingerprint(network) for name, network in networks.items()}
-    run = {**shape, **run_identity(samples, settings), "start": network_fingerprint(model), **weights}
+    run = {**shape, **run_identity(samples, settings), **weights}
     return json.loads(json.dumps(run))
 
 

@@ -172,7 +172,7 @@ def train_clip(
     change = partial(vary, settings=settings, config=config, seed=seed)
     batches = ClipBatches(training, seed=seed, prepare=change)
     identity = {**run_identity(batches, settings), "classes": list(training.class_names)}
-    # where training begins from: not asked when a stopped run goes on, which may have begun from a random model
+    # where training begins from: not asked when a stopped run goes on, which may have changed the model in place
     whole = {**identity, "start": network_fingerprint(model)}
     if (finished := finished_run(out, fit_settings, whole)) is not None:
         return finished

@@ -88,7 +88,7 @@ def train(
             f"create it with num_classes={training.num_classes}"
         )
     identity = run_identity(training, settings, image_settings)
-    # where training begins from: not asked when a stopped run goes on, which may have begun from a random model
+    # where training begins from: not asked when a stopped run goes on, which may have changed the model in place
     whole = {**identity, "knobs": getattr(model, "knobs", None), "start": network_fingerprint(model)}
     if (finished := finished_run(out, fit_settings, whole)) is not None:
         return finished

@@ -196,6 +196,33 @@ def test_a_checkpoint_of_something_else_is_refused_in_words(tmp_path):
         finetune(_model(), _latents(), out=tmp_path, fit_settings=_settings())
 
 
+def test_a_run_that_was_stopped_goes_on_with_the_model_that_it_had_begun_to_change(tmp_path):
+    def stop(step):
+        if (tmp_path / "checkpoint.pt").exists():
+            raise KeyboardInterrupt
+
+    model, steps = _model(), []
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, _latents(), out=tmp_path, fit_settings=_settings(), on_step=stop)
+    finetune(model, _latents(), out=tmp_path, fit_settings=_settings(), on_step=steps.append)
+    assert steps[0] > 1
+
+
+def test_another_teacher_is_another_run(tmp_path):
+    def run(scale):
+        teacher = _model()
+        with torch.no_grad():
+            next(teacher.parameters()).mul_(scale)
+        settings = FlexDiTSettings(teacher_weight=1.0)
+        return finetune(
+            _model(), _latents(), out=tmp_path, fit_settings=_settings(), settings=settings, teacher=teacher
+        )
+
+    run(1.0)
+    with pytest.raises(ValueError, match=r"result of another run .teacher: "):
+        run(2.0)
+
+
 def test_a_finished_run_is_said_to_be_finished_and_never_overwritten(tmp_path, capsys):
     first = finetune(_model(), _latents(), out=tmp_path, fit_settings=_settings())
     weights = (tmp_path / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
