@@ -42,6 +42,7 @@ _TWO_LONG = {"num_pooling": 1, "num_sdtm": 2, "sdtm_group": [1, 3, 1, 0], "num_d
 _ONE_LONG = {"num_pooling": 0, "num_sdtm": 1, "sdtm_group": [1, 9, 1, 0], "num_dense_top": 1}
 _LONG_TOP = {"num_pooling": 1, "num_sdtm": 1, "sdtm_group": [1, 7, 1, 1], "num_dense_top": 1}
 _LATE = {"num_pooling": 1, "num_sdtm": 1, "sdtm_group": [1, 9, 1, 0], "num_dense_top": 0}
+_SHALLOW = {"num_pooling": 0, "num_sdtm": 0, "sdtm_group": [1, 2, 1, 1], "num_dense_top": 5}
 _DENSE = {"num_pooling": 0, "num_sdtm": 0, "sdtm_group": [1, 2, 1, 1], "num_dense_top": 12}
 
 
@@ -50,6 +51,7 @@ def variants(side: int) -> dict[str, tuple[dict[str, Any], Any]]:
     half, third = max(1, round(side * 0.55)), max(1, round(side * 0.37))
     return {
         "dense": (_DENSE, None),
+        "shallow": (_SHALLOW, None),
         f"b_split_{half}x{half}": (_B_SPLIT, half),
         f"b_split_{third}x{third}": (_B_SPLIT, third),
         "b_split_schedule": (_B_SPLIT, [(0, half), (500, third)]),
@@ -59,6 +61,21 @@ def variants(side: int) -> dict[str, tuple[dict[str, Any], Any]]:
         f"long_top_{third}x{third}": (_LONG_TOP, third),
         f"late_{half}x{half}": (_LATE, half),
     }
+
+
+def shallow(state: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The weights of a DiT (original names) with ``count`` of its blocks, evenly spaced, the first and the last among
+    them: what the same compute buys without sparse tokens.
+    """
+    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    kept = [round(index * (depth - 1) / (count - 1)) for index in range(count)]
+    found = {key: value for key, value in state.items() if not key.startswith("blocks.")}
+    for new, old in enumerate(kept):
+        prefix = f"blocks.{old}."
+        for key, value in state.items():
+            if key.startswith(prefix):
+                found[f"blocks.{new}.{key.removeprefix(prefix)}"] = value
+    return found
 
 
 def build_classifier() -> nn.Sequential:
@@ -268,17 +285,20 @@ def main() -> None:
         if arguments.only and name not in arguments.only:
             continue
         state = keys.to_original(dict(base.named_parameters()))
+        if layout is _SHALLOW:
+            state = shallow(state, layout["num_dense_top"])
         start = FlexDiTTransformer2DModel.from_host(
             state, num_attention_heads=4, sample_size=28, density_table=table, **layout
         )
-        teacher = copy.deepcopy(base) if arguments.teacher_weight and start.has_sparse_layers else None
+        teacher = copy.deepcopy(base) if arguments.teacher_weight and name != "dense" else None
         model = train_model(
             out / name, start, train, epochs=arguments.finetune_epochs, arguments=arguments, teacher=teacher
         )
         macs = model.flops(count="reference")
         scores: dict[str, list[float]] = {"fid": [], "kid": [], "accuracy": [], "images_per_second": []}
         for seed in range(arguments.seeds):
-            path = out / name / f"samples_{seed}.safetensors"
+            drawn = f"{arguments.samples}x{arguments.steps}_guidance_{arguments.guidance:g}_seed_{seed}"
+            path = out / name / f"samples_{drawn}.safetensors"
             images, labels, rate = sample(path, model, count=arguments.samples, seed=seed, arguments=arguments)
             features, classes = features_and_classes(classifier, images)
             scores["fid"].append(frechet_distance(features, real))

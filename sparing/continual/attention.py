@@ -23,6 +23,7 @@ from sparing.continual.timing import (
     Span,
     Tick,
     admit_chunk,
+    all_began,
     first_emission,
     frames_seen,
     is_live,
@@ -134,7 +135,7 @@ class TokenRing:
         leaves = [memory[name] if tick.inplace else memory[name].clone() for name in ("k", "v", "head", "length")]
         cache = RingCache(*leaves, window=memory["k"].shape[1])
         alive = tick.active
-        if not is_lockstep(tick) and (tick.stride > 1 or (tick.delay and not tick.warm)):
+        if not is_lockstep(tick) and (tick.stride > 1 or not all_began(tick)):
             live = is_live(tick)
             alive = live if alive is None else live & alive  # type: ignore[assignment,operator]
         q, k, v = (rearrange(t, "s (h d) -> s 1 h d", h=heads) for t in (q, k, v))

@@ -34,6 +34,7 @@ from sparing.continual.timing import (
     is_lockstep,
     keep,
     kernel_span,
+    surely_seen,
 )
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -198,7 +199,7 @@ class TemporalConv(Continual):
         """With replicate fill, a stream's first frame takes the place of everything before it. frame: (streams, C, 1,
         ...).
         """
-        if self.temporal_fill == "zeros" or tick.warm:
+        if self.temporal_fill == "zeros" or surely_seen(tick):
             return history
         seen = frames_seen(tick)
         if not isinstance(seen, Tensor):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sparing.continual.attention import Attention, TokenRing, band, check_tokens, windows_of
 from sparing.continual.module import Continual
-from sparing.continual.timing import Span, Tick, first_emission, frames_seen, is_lockstep, keep_unless_live
+from sparing.continual.timing import Span, Tick, first_emission, frames_seen, is_lockstep, keep_unless_live, surely_seen
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
@@ -164,7 +164,7 @@ class TransformerEncoder(Continual, nn.Module):
 
     def _partial_bias(self, x: Tensor, tick: Tick) -> Tensor | None:
         """(streams, 1, 1, n): -inf for tokens that do not exist yet."""
-        if not self.partial or tick.warm:
+        if not self.partial or surely_seen(tick) >= self.sequence_len - 1:
             return None
         seen = frames_seen(tick)
         if not isinstance(seen, Tensor):

@@ -152,7 +152,7 @@ class Continual:
         active: Tensor | None = None,
         inplace: bool = False,
         allow_train: bool = False,
-        warm: bool = False,
+        youngest: int = 0,
     ) -> tuple[Tensor | None, Tensor | bool, StreamState]:
         """Consume one frame of every stream.
 
@@ -163,8 +163,9 @@ class Continual:
                 frame).
             inplace: write the new memories into the tensors of ``state`` (for CUDA graphs; not under autograd).
             allow_train: permit batch statistics, which make a step depend on its neighbours.
-            warm: the caller knows that every stream has consumed ``plan().warm_after`` frames, so that masks for
-                missing frames are left out; :class:`Stream` and ``StreamBatch`` know. Wrong for younger streams.
+            youngest: frames that the caller knows every stream to have consumed before this one; masks for missing
+                frames are left out where none can be missing. :class:`Stream` and ``StreamBatch`` know it. Streams
+                that are younger get wrong outputs.
 
         Returns:
             ``(y, valid, state)``: y (streams, C', ...), zero where not valid; valid (streams,) bool. With a lock-step
@@ -182,7 +183,7 @@ class Continual:
             )
         if active is not None and state.lockstep:
             raise ValueError("active needs per-stream clocks: use init_state(lockstep=False)")
-        y, memory = self._step(x, state.memory, Tick(state.clock, active=active, inplace=inplace, warm=warm))
+        y, memory = self._step(x, state.memory, Tick(state.clock, active=active, inplace=inplace, youngest=youngest))
         new = StreamState(state.clock + 1, memory, state.frame)
         span = self.span()
         valid: Tensor | bool
@@ -194,7 +195,7 @@ class Continual:
             if active is not None:
                 valid = valid & active
                 new = states.merge(active, new, state)
-            if not warm or span.stride > 1 or active is not None:
+            if youngest < span.first_output or span.stride > 1 or active is not None:
                 y = torch.where(valid.view(-1, *[1] * (y.ndim - 1)), y, 0)  # type: ignore[union-attr]
         return y, valid, states.write(state, new) if inplace else new
 
@@ -316,8 +317,9 @@ class Stream:
 
     def __call__(self, x: Tensor, *, active: Tensor | None = None) -> tuple[Tensor | None, Tensor | bool]:
         """One frame of every stream: ``(y, valid)`` as :meth:`Continual.step`."""
-        warm = self._youngest >= self._warm_after
-        y, valid, self._state = self.network.step(x, self._state, active=active, warm=warm)
+        # One number before and one after, so that a compiled step is compiled twice and not once a frame.
+        youngest = self._warm_after if self._youngest >= self._warm_after else 0
+        y, valid, self._state = self.network.step(x, self._state, active=active, youngest=youngest)
         self._youngest += active is None
         return y, valid
 

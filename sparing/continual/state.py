@@ -74,7 +74,9 @@ def state_bytes(state: StreamState) -> int:
 
 
 def _rows(slots: Tensor | list[int] | int, streams: int, device: torch.device) -> Tensor:
-    """Slots as a bool mask (streams,). Raises IndexError or ValueError for slots that are not there."""
+    """Slots as a bool mask (streams,) when they are one, else as int64 indices. Raises IndexError or ValueError for
+    slots that are not there.
+    """
     if isinstance(slots, Tensor) and slots.dtype == torch.bool:
         if slots.shape != (streams,):
             raise ValueError(f"a slot mask must have shape ({streams},), got {tuple(slots.shape)}")
@@ -84,9 +86,8 @@ def _rows(slots: Tensor | list[int] | int, streams: int, device: torch.device) -
         wrong = [slot for slot in wanted if not 0 <= slot < streams]
         if wrong:
             raise IndexError(f"slots {wrong} are outside 0..{streams - 1}")
-        slots = torch.tensor(wanted, dtype=torch.int64, device=device)
-    mask = torch.zeros(streams, dtype=torch.bool, device=device)
-    return mask.index_fill(0, slots.to(device=device, dtype=torch.int64), True)
+        slots = torch.tensor(wanted, dtype=torch.int64)
+    return slots.to(device=device, dtype=torch.int64)
 
 
 def merge(mask: Tensor, new: StreamState, old: StreamState) -> StreamState:
@@ -124,9 +125,10 @@ def reset(state: StreamState, slots: Tensor | list[int] | int, *, inplace: bool 
     Raises:
         ValueError: for a lock-step state, whose streams share one clock, unless every slot is named.
     """
-    mask = _rows(slots, state.streams, state.frame.device)
+    rows = _rows(slots, state.streams, state.frame.device)
     if state.lockstep:
-        if not bool(mask.all()):
+        named = rows.nonzero() if rows.dtype == torch.bool else rows
+        if named.unique().numel() < state.streams:
             raise ValueError(
                 "a lock-step state shares one clock: reset all its streams, or use init_state(lockstep=False)"
             )
@@ -134,9 +136,11 @@ def reset(state: StreamState, slots: Tensor | list[int] | int, *, inplace: bool 
         return write(state, fresh) if inplace else fresh
 
     def blank(name: str, tensor: Tensor) -> Tensor:
-        rows = mask.view(-1, *[1] * (tensor.ndim - 1))
         value = EMPTY.get(name, 0)
-        return tensor.masked_fill_(rows, value) if inplace else tensor.masked_fill(rows, value)
+        if rows.dtype == torch.bool:
+            mask = rows.view(-1, *[1] * (tensor.ndim - 1))
+            return tensor.masked_fill_(mask, value) if inplace else tensor.masked_fill(mask, value)
+        return tensor.index_fill_(0, rows, value) if inplace else tensor.index_fill(0, rows, value)
 
     return StreamState(blank("clock", state.clock), map_memory(blank, state.memory, named=True), state.frame)
 

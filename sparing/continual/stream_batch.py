@@ -8,8 +8,9 @@ on the host from the plan).
 On a CPU the seats are stepped in tiles of a few, through the whole network, because the memories and activations of a
 tile stay in the caches where those of all seats do not. Streams take the lowest free seat, so most tiles are full or
 empty: a full one needs no selection between old and new memories, an empty one is not stepped at all, and one whose
-streams have all filled their memories steps without masks. What each tile is, the host knows without asking the
-device.
+streams are all old enough for a layer steps through it without masks. An empty seat in a tile is stepped with the
+others, for what is computed there is thrown away when somebody sits down. What each tile is, the host knows without
+asking the device.
 """
 
 import heapq
@@ -27,7 +28,7 @@ from sparing.continual.state import StreamState
 
 # Memory of the streams that are stepped together on a CPU (with their activations a few times this passes the caches
 # layer by layer), and the fewest seats over which the cost of calling the layers is spread.
-TILE_BYTES = 3 << 20
+TILE_BYTES = 6 << 20
 SMALLEST_TILE = 4
 
 
@@ -85,6 +86,7 @@ class StreamBatch:
         self._clock = clock
         self._seat_of: dict[str, int] = {}
         self._free = list(range(seats))
+        self._seated = [False] * seats
         self._seen = [0] * seats
         self._last = [0.0] * seats
         frame = whole.frame
@@ -103,7 +105,8 @@ class StreamBatch:
             self._advance = torch.compile(network.step, fullgraph=True, **backend)
         if tile is None:
             size = max(SMALLEST_TILE, TILE_BYTES * seats // max(states.state_bytes(whole), 1))
-            tile = seats if compile or frame.is_cuda else min(seats, size)
+            tiles = -(-seats // size)  # of one size as near as can be
+            tile = seats if compile or frame.is_cuda else -(-seats // tiles)
         elif tile < seats and self._wants_graph:
             raise ValueError(f"a CUDA graph steps all {seats} seats together, got tile {tile}")
         self.tile = tile
@@ -112,7 +115,7 @@ class StreamBatch:
 
     @property
     def state(self) -> StreamState:
-        """Memory of all seats (a copy when there are several tiles)."""
+        """Memory of all seats (a copy when there are several tiles); empty seats hold anything."""
         return states.concatenate(self._tiles)
 
     @property
@@ -131,14 +134,16 @@ class StreamBatch:
         if not self._free:
             raise ValueError(f"all {self.seats} seats are taken; {name!r} cannot join until a stream leaves")
         seat = heapq.heappop(self._free)
-        self._seat_of[name] = seat
+        self._seat_of[name], self._seated[seat] = seat, True
         self._empty(seat)
         self._last[seat] = self._clock()
 
     def leave(self, name: str) -> None:
         """Free the seat of a stream."""
-        heapq.heappush(self._free, self._seat(name))
+        seat = self._seat(name)
         del self._seat_of[name]
+        self._seated[seat] = False
+        heapq.heappush(self._free, seat)
 
     def reset(self, name: str) -> None:
         """Begin a stream anew (a cut, another camera); others are untouched."""
@@ -147,7 +152,8 @@ class StreamBatch:
     def _empty(self, seat: int) -> None:
         self._seen[seat] = 0
         tile, row = divmod(seat, self.tile)
-        self._tiles[tile] = states.reset(self._tiles[tile], [row], inplace=self._owns)
+        with torch.inference_mode():  # the memories may come from a step under it
+            states.reset(self._tiles[tile], [row], inplace=True)
 
     def _take(self, seat: int) -> StreamState:
         tile, row = divmod(seat, self.tile)
@@ -155,7 +161,8 @@ class StreamBatch:
 
     def _put(self, seat: int, part: StreamState) -> None:
         tile, row = divmod(seat, self.tile)
-        self._tiles[tile] = states.scatter(self._tiles[tile], [row], part, inplace=self._owns)
+        with torch.inference_mode():
+            states.scatter(self._tiles[tile], [row], part, inplace=True)
 
     def _seat(self, name: str) -> int:
         if name not in self._seat_of:
@@ -243,12 +250,15 @@ class StreamBatch:
         if self._owns:
             y, _, self._tiles[tile] = self._advance(x, state, active=active, inplace=True)
             return y.clone() if self._advance is not self.network.step else y
-        warm = min(self._seen[rows]) >= self.plan.warm_after
-        full = count == state.streams
-        y, _, self._tiles[tile] = self.network.step(x, state, active=None if full else active, warm=warm)
+        ages = [self._seen[seat] for seat in range(start, start + state.streams) if self._seated[seat]]
+        everyone = count == len(ages)
+        y, _, new = self.network.step(x, state, active=None if everyone else active, youngest=min(ages))
+        self._tiles[tile] = new
         assert y is not None
-        # A network that hands its input on (a delay of nothing) would answer with the buffer of the next frames.
-        return y.clone() if y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else y
+        # What is answered must not change later: a network that hands its input on (a delay of nothing) answers with
+        # the buffer of the next frames, and rows of the memories are emptied in place.
+        ours = {x.untyped_storage().data_ptr(), *(t.untyped_storage().data_ptr() for _, t in states.leaves(new.memory))}
+        return y.clone() if y.untyped_storage().data_ptr() in ours else y
 
     def _capture(self) -> None:
         """Record one step; warm-up runs have no active stream, so that no memory moves."""

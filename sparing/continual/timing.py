@@ -103,8 +103,9 @@ class Tick(NamedTuple):
     ``clock``: frames that the stream consumed before this call, an int (lock-step) or a tensor (streams,). ``delay``
     and ``stride``: the first-output step and total stride of everything before the layer, so frame ``t`` of the
     stream reaches it exactly when ``t >= delay`` and ``(t - delay) % stride == 0``. ``active``: streams that have a
-    frame (None: all). ``inplace``: whether preallocated memories may be written. ``warm``: every stream has filled
-    every memory, so that nothing need be masked for want of frames (phases of a stride still are).
+    frame (None: all). ``inplace``: whether preallocated memories may be written. ``youngest``: frames that every stream
+    is known, on the host, to have consumed before this call; where it has passed a layer's delay nothing need be
+    masked for want of frames (phases of a stride still are).
     """
 
     clock: int | Tensor
@@ -112,7 +113,7 @@ class Tick(NamedTuple):
     stride: int = 1
     active: Tensor | None = None
     inplace: bool = False
-    warm: bool = False
+    youngest: int = 0
 
 
 def after(tick: Tick, span: Span) -> Tick:
@@ -142,6 +143,16 @@ def frames_seen(tick: Tick) -> int | Tensor:
     return since if tick.stride == 1 else (since + tick.stride - 1) // tick.stride
 
 
+def surely_seen(tick: Tick) -> int:
+    """Frames that reached the layer before this call in every stream, as far as the host knows."""
+    return -(-max(tick.youngest - tick.delay, 0) // tick.stride)
+
+
+def all_began(tick: Tick) -> bool:
+    """Whether the host knows that no stream is still before its first frame at this layer."""
+    return tick.youngest >= tick.delay
+
+
 def first_emission(tick: Tick, span: Span) -> int:
     """Lock-step chunks: offset, in frames of the layer's input chunk, of its first output in this call."""
     seen = frames_seen(tick)
@@ -151,7 +162,7 @@ def first_emission(tick: Tick, span: Span) -> int:
 
 def admit(x: Tensor, tick: Tick, fill: float = 0.0) -> Tensor:
     """Frames that do not exist yet count as ``fill``. x: (streams, C, ...) for a step; no-op in lock-step."""
-    if is_lockstep(tick) or (tick.stride == 1 and (tick.warm or tick.delay == 0)):
+    if is_lockstep(tick) or (tick.stride == 1 and all_began(tick)):
         return x
     return torch.where(_per_stream(is_live(tick), x), x, fill)
 
@@ -175,7 +186,7 @@ def keep(new: Tensor, old: Tensor, tick: Tick) -> Tensor:
 
 def keep_unless_live(new: Tensor, old: Tensor, tick: Tick) -> Tensor:
     """As :func:`keep`, for memories that a frame of fill would change (recurrent states)."""
-    if is_lockstep(tick) or (tick.stride == 1 and (tick.warm or tick.delay == 0)):
+    if is_lockstep(tick) or (tick.stride == 1 and all_began(tick)):
         return new
     return torch.where(_per_stream(is_live(tick), new), new, old)
 

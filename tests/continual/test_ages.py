@@ -1,0 +1,178 @@
+"""What the host knows of the ages of streams spares masks and changes nothing; seats are emptied row by row."""
+
+import pytest
+import torch
+from continual.test_layers import plain_network, run_steps, strided_network
+from torch import nn
+
+from sparing import continual as co
+from sparing.continual import stream_batch
+from sparing.continual.timing import Span
+
+
+def replicating_network():
+    torch.manual_seed(0)
+    return co.Sequential(
+        co.Conv3d(3, 4, 3, padding=(1, 1, 1), temporal_fill="replicate"),
+        nn.ReLU(),
+        co.Conv3d(4, 4, (3, 1, 1), padding=(2, 0, 0), temporal_fill="replicate"),
+        co.MaxPool3d((3, 8, 8), stride=1, padding=(1, 0, 0)),
+        co.Flatten(),
+    ).eval()
+
+
+def transformer_behind_a_convolution(partial):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    plain = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    encoder = co.convert(plain, sequence_len=5)
+    encoder.partial = partial
+    return co.Sequential(co.Conv1d(3, 8, 3), encoder).eval()
+
+
+NETWORKS = {
+    "padded": (plain_network, (3, 8, 8)),
+    "not padded": (lambda: plain_network(padding=0), (3, 8, 8)),
+    "strided": (strided_network, (3, 8, 8)),
+    "replicate": (replicating_network, (3, 8, 8)),
+    "encoder": (lambda: transformer_behind_a_convolution(partial=False), (3,)),
+    "partial encoder": (lambda: transformer_behind_a_convolution(partial=True), (3,)),
+    "recurrent": (lambda: co.Sequential(co.Conv1d(3, 4, 3), co.GRU(4, 5)).eval(), (3,)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("ahead", [(0, 0, 0), (0, 3, 1)], ids=["together", "apart"])
+@torch.no_grad()
+def test_knowing_the_youngest_stream_changes_no_bit(name, ahead):
+    build, shape = NETWORKS[name]
+    network = build()
+    state = network.init_state(3, shape)
+    generator = torch.Generator().manual_seed(1)
+    for now in range(max(ahead)):
+        waiting = torch.tensor([now < lead for lead in ahead])
+        _, _, state = network.step(torch.randn(3, *shape, generator=generator), state, active=waiting)
+    spoken = 0
+    for now in range(network.plan().warm_after + 4):
+        x = torch.randn(3, *shape, generator=generator)
+        assert int(state.clock.min()) == now
+        want, valid, after = network.step(x, state)
+        got, same, state = network.step(x, state, youngest=now)
+        assert torch.equal(valid, same)
+        assert torch.equal(want, got)
+        for (leaf, a), (_, b) in zip(co.leaves(after.memory), co.leaves(state.memory)):
+            assert torch.equal(a, b), leaf
+        spoken += int(valid.sum())
+    assert spoken > 0
+
+
+def watch_steps(network, monkeypatch):
+    """What ``active`` and ``youngest`` the steps of a batch are called with."""
+    seen, step = [], network.step
+
+    def watched(x, state, **how):
+        seen.append((how.get("active"), how.get("youngest")))
+        return step(x, state, **how)
+
+    monkeypatch.setattr(network, "step", watched)
+    return seen
+
+
+def test_an_empty_seat_needs_no_mask_and_a_stalled_stream_does(monkeypatch):
+    network = plain_network()
+    seen = watch_steps(network, monkeypatch)
+    batch = co.StreamBatch(network, seats=4, frame_shape=(3, 8, 8), tile=4)
+    for name in "abc":
+        batch.join(name)
+    frame = torch.zeros(3, 8, 8)
+    for _ in range(2):
+        batch.step(dict.fromkeys("abc", frame))
+    batch.leave("a")
+    batch.step(dict.fromkeys("bc", frame))
+    batch.join("d")
+    batch.step(dict.fromkeys("bcd", frame))
+    batch.step({"b": frame, "d": frame})
+    actives, youngest = zip(*seen)
+    assert [active is None for active in actives] == [True, True, True, True, False]
+    assert youngest == (0, 1, 2, 0, 1)
+
+
+@pytest.mark.parametrize("build", [plain_network, strided_network])
+def test_streams_beside_empty_and_used_seats_are_as_if_alone(build):
+    network = build()
+    frames = torch.randn(3, 3, 40, 8, 8, generator=torch.Generator().manual_seed(2))
+    batch = co.StreamBatch(network, seats=3, frame_shape=(3, 8, 8), tile=3)
+    batch.join("poison")
+    batch.join("a")
+    said = {"a": [], "b": []}
+    for now in range(40):
+        if now == 5:  # its seat stays empty, full of NaN, and is then taken by another
+            batch.leave("poison")
+        if now == 12:
+            batch.join("b")
+        given = {"a": frames[0, :, now]}
+        if now < 5:
+            given["poison"] = torch.full((3, 8, 8), float("nan"))
+        if now >= 12:
+            given["b"] = frames[1, :, now]
+        for name, y in batch.step(given).items():
+            if name != "poison":
+                said[name].append(y)
+    with torch.no_grad():
+        for name, clip in (("a", frames[0]), ("b", frames[1, :, 12:])):
+            alone, _ = run_steps(network, clip[None], lockstep=True)
+            torch.testing.assert_close(torch.stack(said[name], 1), alone[0], atol=1e-5, rtol=1e-5)
+
+
+class Newest(co.Continual, nn.Module):
+    """Answers with what it keeps: the memory of the newest frame itself."""
+
+    def _span(self):
+        return Span(1, 1, 0, 0, 0)
+
+    def _memory(self, streams, frame_shape, make):
+        return {"held": make((streams, *frame_shape))}, frame_shape
+
+    def _step(self, x, memory, tick):
+        kept = x.clone()
+        return kept, {"held": kept}
+
+
+@pytest.mark.parametrize("build", [Newest, lambda: co.Delay(2)])
+def test_an_answer_stays_when_its_seat_is_emptied(build):
+    batch = co.StreamBatch(build().eval(), seats=2, frame_shape=(3,), tile=2)
+    batch.join("a")
+    said = []
+    for _ in range(4):
+        said += batch.step({"a": torch.ones(3)}).values()
+    assert said
+    batch.reset("a")
+    assert all(y.eq(1).all() for y in said)
+    assert not any(t[0].any() for _, t in co.leaves(batch.state.memory))
+
+
+def test_streams_come_outside_inference_mode_after_steps_inside():
+    network = plain_network()
+    frames = torch.randn(3, 12, 8, 8, generator=torch.Generator().manual_seed(3))
+    batch = co.StreamBatch(network, seats=2, frame_shape=(3, 8, 8), tile=2)
+    batch.join("a")
+    with torch.inference_mode():
+        batch.step({"a": frames[:, 0]})
+    batch.reset("a")
+    said = []
+    for frame in frames.unbind(1):
+        said += batch.step({"a": frame}).values()
+    with torch.no_grad():
+        alone, _ = run_steps(network, frames[None], lockstep=True)
+    torch.testing.assert_close(torch.stack(said, 1), alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_tiles_are_of_one_size_as_near_as_can_be(monkeypatch):
+    network = plain_network()
+    one = network.plan((3, 8, 8)).bytes_per_stream
+
+    def tile(room):
+        monkeypatch.setattr(stream_batch, "TILE_BYTES", room)
+        return co.StreamBatch(network, seats=10, frame_shape=(3, 8, 8)).tile
+
+    assert [tile(one * room) for room in (1, 4, 7, 100)] == [4, 4, 5, 10]
