@@ -199,6 +199,26 @@ class Continual:
                 y = torch.where(valid.view(-1, *[1] * (y.ndim - 1)), y, 0)  # type: ignore[union-attr]
         return y, valid, states.write(state, new) if inplace else new
 
+    def step_together(
+        self, x: Tensor, state: StreamState, *, turn: int, youngest: int = 0
+    ) -> tuple[Tensor, StreamState]:
+        """:meth:`step` for a batch that owns its memories and knows on the host which streams speak: nothing is masked
+        that need not be, and ``state`` is used up.
+
+        Args:
+            x: (streams, C, ...), one frame each, of streams with clocks of their own.
+            turn: steps that these memories made together before this one.
+            youngest: see :meth:`step`.
+
+        Returns:
+            y (streams, C', ...), with anything where a stream does not speak, and the state after, whose histories may
+            be rings (:mod:`sparing.continual.rings`): what reads it otherwise must put them in order.
+        """
+        self._check(x, state, 1, False)
+        y, memory = self._step(x, state.memory, Tick(state.clock, youngest=youngest, turn=turn))
+        assert y is not None, "streams with clocks of their own always have an output"
+        return y, StreamState(state.clock + 1, memory, state.frame)
+
     def steps(
         self, x: Tensor, state: StreamState, *, pad_end: bool = False, allow_train: bool = False
     ) -> tuple[Tensor | None, Tensor, StreamState]:

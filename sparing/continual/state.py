@@ -7,7 +7,7 @@ layers.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,10 +145,10 @@ def reset(state: StreamState, slots: Tensor | list[int] | int, *, inplace: bool 
     return StreamState(blank("clock", state.clock), map_memory(blank, state.memory, named=True), state.frame)
 
 
-def gather(state: StreamState, order: Tensor | list[int]) -> StreamState:
+def gather(state: StreamState, order: Tensor | Sequence[int]) -> StreamState:
     """The streams at ``order``, in that order: compaction, growth by repetition, or a single stream."""
     device = state.frame.device
-    index = order if isinstance(order, Tensor) else torch.tensor(order, dtype=torch.int64, device=device)
+    index = order if isinstance(order, Tensor) else torch.tensor(list(order), dtype=torch.int64, device=device)
     clock = state.clock if state.lockstep else state.clock.index_select(0, index)
     memory = map_memory(lambda t: _as_laid_out(t.index_select(0, index), t), state.memory)
     return StreamState(clock, memory, state.frame.index_select(0, index))

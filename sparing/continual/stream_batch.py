@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparing.continual import rings
 from sparing.continual import state as states
 from sparing.continual.module import Continual
 from sparing.continual.state import StreamState
@@ -112,11 +113,20 @@ class StreamBatch:
         self.tile = tile
         starts = range(0, seats, tile)
         self._tiles = [whole] if tile >= seats else [states.gather(whole, _rows(s, tile, seats)) for s in starts]
+        self._turn = [0] * len(self._tiles)
+        self._like = states.gather(whole, [0])
 
     @property
     def state(self) -> StreamState:
-        """Memory of all seats (a copy when there are several tiles); empty seats hold anything."""
-        return states.concatenate(self._tiles)
+        """Memory of all seats; empty seats hold anything. With compiled steps or graphs the memories themselves, else a
+        copy.
+        """
+        if self._owns:
+            return states.concatenate(self._tiles)
+        parts = zip(self._tiles, self._turn)
+        return states.concatenate(
+            [rings.in_order(states.gather(part, range(part.streams)), self._like, turn) for part, turn in parts]
+        )
 
     @property
     def streams(self) -> list[str]:
@@ -152,17 +162,22 @@ class StreamBatch:
     def _empty(self, seat: int) -> None:
         self._seen[seat] = 0
         tile, row = divmod(seat, self.tile)
-        with torch.inference_mode():  # the memories may come from a step under it
+        with torch.inference_mode():
             states.reset(self._tiles[tile], [row], inplace=True)
 
     def _take(self, seat: int) -> StreamState:
         tile, row = divmod(seat, self.tile)
-        return states.gather(self._tiles[tile], [row])
+        return rings.in_order(states.gather(self._tiles[tile], [row]), self._like, self._turn[tile])
 
     def _put(self, seat: int, part: StreamState) -> None:
         tile, row = divmod(seat, self.tile)
-        with torch.inference_mode():
-            states.scatter(self._tiles[tile], [row], part, inplace=True)
+        self._write(tile, [row], part)
+
+    def _write(self, tile: int, rows: list[int], streams: StreamState) -> None:
+        """Put streams whose histories are in order into rows of a tile."""
+        kept = rings.as_kept(streams, self._like, self._tiles[tile], self._turn[tile])
+        with torch.inference_mode():  # the memories may come from a step under it
+            states.scatter(self._tiles[tile], rows, kept, inplace=True)
 
     def _seat(self, name: str) -> int:
         if name not in self._seat_of:
@@ -238,25 +253,30 @@ class StreamBatch:
                 self._capture()
             self._graph.replay()
             return {0: self._y.clone()}
-        counts: dict[int, int] = {}
+        speaking: dict[int, set[int]] = {}
         for seat in seats:
-            counts[seat // self.tile] = counts.get(seat // self.tile, 0) + 1
-        return {tile: self._run_tile(tile, count) for tile, count in counts.items()}
+            tile, row = divmod(seat, self.tile)
+            speaking.setdefault(tile, set()).add(row)
+        return {tile: self._run_tile(tile, rows) for tile, rows in speaking.items()}
 
-    def _run_tile(self, tile: int, count: int) -> Tensor:
-        state, start = self._tiles[tile], tile * self.tile
-        rows = slice(start, start + state.streams)
-        x, active = self._x[rows], self._active[rows]
+    def _run_tile(self, tile: int, given: set[int]) -> Tensor:
+        """Step a tile whose rows ``given`` have a frame: y (tile, C', ...)."""
+        state, start, turn = self._tiles[tile], tile * self.tile, self._turn[tile]
+        x = self._x[start : start + state.streams]
         if self._owns:
+            active = self._active[start : start + state.streams]
             y, _, self._tiles[tile] = self._advance(x, state, active=active, inplace=True)
             return y.clone() if self._advance is not self.network.step else y
-        ages = [self._seen[seat] for seat in range(start, start + state.streams) if self._seated[seat]]
-        everyone = count == len(ages)
-        y, _, new = self.network.step(x, state, active=None if everyone else active, youngest=min(ages))
-        self._tiles[tile] = new
-        assert y is not None
+        ages = {row: self._seen[start + row] for row in range(state.streams) if self._seated[start + row]}
+        silent = [row for row in ages if row not in given]
+        kept = rings.in_order(states.gather(state, silent), self._like, turn) if silent else None
+        youngest = min(ages[row] for row in given)
+        y, new = self.network.step_together(x, state, turn=turn, youngest=youngest)
+        self._tiles[tile], self._turn[tile] = new, turn + 1
+        if kept is not None:
+            self._write(tile, silent, kept)
         # What is answered must not change later: a network that hands its input on (a delay of nothing) answers with
-        # the buffer of the next frames, and rows of the memories are emptied in place.
+        # the buffer of the next frames, and rows of the memories are written in place.
         ours = {x.untyped_storage().data_ptr(), *(t.untyped_storage().data_ptr() for _, t in states.leaves(new.memory))}
         return y.clone() if y.untyped_storage().data_ptr() in ours else y
 
@@ -303,7 +323,7 @@ class StreamBatch:
             ValueError: the state of another network, frame size or dtype, or of streams in lock-step; or no seat is
                 free. Who is seated stays as it was.
         """
-        part = states.load_state(path, self._tiles[0])
+        part = states.load_state(path, self._like)
         if part.streams != 1:
             raise ValueError(f"{path} holds {part.streams} streams, expected one")
         if part.lockstep:

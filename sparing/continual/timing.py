@@ -105,7 +105,8 @@ class Tick(NamedTuple):
     stream reaches it exactly when ``t >= delay`` and ``(t - delay) % stride == 0``. ``active``: streams that have a
     frame (None: all). ``inplace``: whether preallocated memories may be written. ``youngest``: frames that every stream
     is known, on the host, to have consumed before this call; where it has passed a layer's delay nothing need be
-    masked for want of frames (phases of a stride still are).
+    masked for want of frames (phases of a stride still are). ``turn``: steps that all streams made together in memories
+    that the caller owns (None: not so); histories may then be rings, see :mod:`sparing.continual.rings`.
     """
 
     clock: int | Tensor
@@ -114,6 +115,7 @@ class Tick(NamedTuple):
     active: Tensor | None = None
     inplace: bool = False
     youngest: int = 0
+    turn: int | None = None
 
 
 def after(tick: Tick, span: Span) -> Tick:

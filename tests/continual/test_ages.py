@@ -66,21 +66,15 @@ def test_knowing_the_youngest_stream_changes_no_bit(name, ahead):
     assert spoken > 0
 
 
-def watch_steps(network, monkeypatch):
-    """What ``active`` and ``youngest`` the steps of a batch are called with."""
-    seen, step = [], network.step
-
-    def watched(x, state, **how):
-        seen.append((how.get("active"), how.get("youngest")))
-        return step(x, state, **how)
-
-    monkeypatch.setattr(network, "step", watched)
-    return seen
-
-
-def test_an_empty_seat_needs_no_mask_and_a_stalled_stream_does(monkeypatch):
+def test_layers_are_told_the_youngest_stream_that_speaks(monkeypatch):
     network = plain_network()
-    seen = watch_steps(network, monkeypatch)
+    seen, step = [], network.step_together
+
+    def watched(x, state, *, turn, youngest):
+        seen.append((turn, youngest))
+        return step(x, state, turn=turn, youngest=youngest)
+
+    monkeypatch.setattr(network, "step_together", watched)
     batch = co.StreamBatch(network, seats=4, frame_shape=(3, 8, 8), tile=4)
     for name in "abc":
         batch.join(name)
@@ -91,10 +85,8 @@ def test_an_empty_seat_needs_no_mask_and_a_stalled_stream_does(monkeypatch):
     batch.step(dict.fromkeys("bc", frame))
     batch.join("d")
     batch.step(dict.fromkeys("bcd", frame))
-    batch.step({"b": frame, "d": frame})
-    actives, youngest = zip(*seen)
-    assert [active is None for active in actives] == [True, True, True, True, False]
-    assert youngest == (0, 1, 2, 0, 1)
+    batch.step({"b": frame})
+    assert seen == [(0, 0), (1, 1), (2, 2), (3, 0), (4, 4)]
 
 
 @pytest.mark.parametrize("build", [plain_network, strided_network])
