@@ -132,7 +132,8 @@ class TokenRing:
     def step(q: Tensor, k: Tensor, v: Tensor, memory: dict, tick: Tick) -> tuple[Tensor, dict]:
         """One token of each stream: q, k, v (streams, E) to attention (streams, E) before the output projection."""
         heads = memory["k"].shape[2]
-        leaves = [memory[name] if tick.inplace else memory[name].clone() for name in ("k", "v", "head", "length")]
+        owned = tick.inplace or tick.turn is not None
+        leaves = [memory[name] if owned else memory[name].clone() for name in ("k", "v", "head", "length")]
         cache = RingCache(*leaves, window=memory["k"].shape[1])
         alive = tick.active
         if not is_lockstep(tick) and (tick.stride > 1 or not all_began(tick)):

@@ -1,9 +1,9 @@
-"""Histories that do not move: the streams of one batch, stepped together, keep their newest frames in rings.
+"""Histories that do not move: streams that are stepped together keep their newest frames in rings.
 
-A layer's history is the last ``R-1`` frames in order, and every step makes a window of ``R`` of them, moved by one. When
-the host knows how many steps a batch of streams has made *together* (``Tick.turn``), a layer may keep the window itself,
-``R`` frames, and write frame ``t`` over the oldest, into slot ``turn % R``; nothing else is moved, and the layer turns
-its weights instead. All streams of the batch share the slot, so one that stalls is written anew.
+A layer's history is the last ``R-1`` frames in order, and every step makes a window of ``R`` of them, moved by one.
+When the host knows how many steps a batch of streams has made *together* (``Tick.turn``), a layer may keep the window
+itself, ``R`` frames, and write frame ``t`` over the oldest, into slot ``turn % R``; nothing else is moved, and the
+layer turns its weights instead. All streams of the batch share the slot, so one that stalls is written anew.
 
 Such a memory has one frame more on axis 2 than the history that :meth:`Continual.init_state` makes, which is how it is
 known here. Only a batch that owns its memories keeps them so; a stream that is taken out of it has its history in order
@@ -17,13 +17,13 @@ from sparing.continual.state import StreamState, map_memory
 
 
 def is_ring(memory: Tensor, like: Tensor) -> bool:
-    """Whether ``memory`` is a ring; ``like`` is the leaf of that name as the network makes it. Shapes (streams, C, T, ...)."""
+    """Whether ``memory`` is a ring; ``like`` is the leaf of that name as the network makes it, (streams, C, T, ...)."""
     return memory.ndim > 2 and memory.shape[2] == like.shape[2] + 1
 
 
 def to_ring(history: Tensor, turn: int) -> Tensor:
-    """The ring (streams, C, R, ...) of a history (streams, C, R-1, ...) whose newest frame came in step ``turn - 1``; the
-    slot of step ``turn`` holds zeros.
+    """The ring (streams, C, R, ...) of a history (streams, C, R-1, ...) whose newest frame came in step ``turn - 1``;
+    the slot of step ``turn`` holds zeros.
     """
     ring = torch.cat([torch.zeros_like(history[:, :, :1]), history], 2)  # oldest first: what step `turn` overwrites
     return _in_order(ring, turn)

@@ -81,7 +81,10 @@ class StreamBatch:
         parameter = next(iter(network.parameters()), None)
         if dtype is not None and parameter is not None and dtype != parameter.dtype:
             raise ValueError(f"dtype {dtype} does not fit a network in {parameter.dtype}: convert the network first")
-        whole = network.init_state(seats, frame_shape, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # batches outlive it, and their memories are written in place
+            whole = network.init_state(seats, frame_shape, dtype=dtype, device=device)
+            self._x = whole.frame.new_zeros((seats, *frame_shape))
+            self._active = torch.zeros(seats, dtype=torch.bool, device=whole.frame.device)
         self.plan = network.plan()
         self.frame_shape = whole.frame_shape
         self._clock = clock
@@ -91,12 +94,10 @@ class StreamBatch:
         self._seen = [0] * seats
         self._last = [0.0] * seats
         frame = whole.frame
-        self._x = frame.new_zeros((seats, *frame_shape))
-        self._active = torch.zeros(seats, dtype=torch.bool, device=frame.device)
         self._graph: Any = None
-        # Where pointers must stay (graphs), steps write into the memories; elsewhere a new history is a view of the
-        # window that was convolved, which is cheaper than a copy.
-        self._owns = bool(compile) or frame.is_cuda
+        # Where pointers must stay (graphs) or shapes (compiled steps), new memories are copied over the old ones;
+        # elsewhere layers may keep them as they like.
+        self._fixed = bool(compile) or frame.is_cuda
         self._wants_graph = frame.is_cuda and not compile if cuda_graph is None else cuda_graph
         if self._wants_graph and not frame.is_cuda:
             raise ValueError(f"cuda_graph needs a CUDA device, the state is on {frame.device}")
@@ -112,16 +113,17 @@ class StreamBatch:
             raise ValueError(f"a CUDA graph steps all {seats} seats together, got tile {tile}")
         self.tile = tile
         starts = range(0, seats, tile)
-        self._tiles = [whole] if tile >= seats else [states.gather(whole, _rows(s, tile, seats)) for s in starts]
-        self._turn = [0] * len(self._tiles)
-        self._like = states.gather(whole, [0])
+        with torch.inference_mode(False):
+            self._tiles = [whole] if tile >= seats else [states.gather(whole, _rows(s, tile, seats)) for s in starts]
+            self._like = states.gather(whole, [0])
+        self._turn = [0] * len(self._tiles)  # steps that each tile made
 
     @property
     def state(self) -> StreamState:
         """Memory of all seats; empty seats hold anything. With compiled steps or graphs the memories themselves, else a
         copy.
         """
-        if self._owns:
+        if self._fixed:
             return states.concatenate(self._tiles)
         parts = zip(self._tiles, self._turn)
         return states.concatenate(
@@ -263,7 +265,7 @@ class StreamBatch:
         """Step a tile whose rows ``given`` have a frame: y (tile, C', ...)."""
         state, start, turn = self._tiles[tile], tile * self.tile, self._turn[tile]
         x = self._x[start : start + state.streams]
-        if self._owns:
+        if self._fixed:
             active = self._active[start : start + state.streams]
             y, _, self._tiles[tile] = self._advance(x, state, active=active, inplace=True)
             return y.clone() if self._advance is not self.network.step else y

@@ -36,6 +36,7 @@ NETWORKS = {
     "strided": (strided_network, (3, 8, 8)),
     "replicate": (replicating_network, (3, 8, 8)),
     "encoder": (lambda: transformer_behind_a_convolution(partial=False), (3,)),
+    "attention": (lambda: co.SingleOutputAttention(8, 2, sequence_len=4).eval(), (8,)),
     "partial encoder": (lambda: transformer_behind_a_convolution(partial=True), (3,)),
     "recurrent": (lambda: co.Sequential(co.Conv1d(3, 4, 3), co.GRU(4, 5)).eval(), (3,)),
 }
@@ -143,20 +144,23 @@ def test_an_answer_stays_when_its_seat_is_emptied(build):
     assert not any(t[0].any() for _, t in co.leaves(batch.state.memory))
 
 
-def test_streams_come_outside_inference_mode_after_steps_inside():
-    network = plain_network()
-    frames = torch.randn(3, 12, 8, 8, generator=torch.Generator().manual_seed(3))
-    batch = co.StreamBatch(network, seats=2, frame_shape=(3, 8, 8), tile=2)
-    batch.join("a")
-    with torch.inference_mode():
-        batch.step({"a": frames[:, 0]})
-    batch.reset("a")
-    said = []
-    for frame in frames.unbind(1):
-        said += batch.step({"a": frame}).values()
-    with torch.no_grad():
-        alone, _ = run_steps(network, frames[None], lockstep=True)
-    torch.testing.assert_close(torch.stack(said, 1), alone[0], atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("made", [False, True])
+@pytest.mark.parametrize("name", ["padded", "encoder", "attention"])
+def test_modes_may_change_while_streams_run(name, made):
+    network, shape = NETWORKS[name][0](), NETWORKS[name][1]
+    frames = torch.randn(*shape[:1], 24, *shape[1:], generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode(made):
+        batch = co.StreamBatch(network, seats=2, frame_shape=shape, tile=2)
+        batch.join("a")
+    for inside in (True, False):
+        said = []
+        for now, frame in enumerate(frames.unbind(1)):
+            with torch.inference_mode(now % 2 == inside):
+                said += batch.step({"a": frame}).values()
+        with torch.no_grad():
+            alone, _ = run_steps(network, frames[None], lockstep=True)
+        torch.testing.assert_close(torch.stack(said, 1), alone[0], atol=1e-5, rtol=1e-5)
+        batch.reset("a")
 
 
 def test_tiles_are_of_one_size_as_near_as_can_be(monkeypatch):
