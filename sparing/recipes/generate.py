@@ -3,8 +3,8 @@
     python -m sparing.recipes.generate --model runs/flexdit --classes 0 1 2 3 --steps 20 --density 3 --out sheet.png
 
 ``--model`` is a name of the zoo with weights, a folder of a transformer (``sparing.load`` reads it; a pixel-space one
-is complete, a latent one needs ``--vae``), or a folder of a whole pipeline, a diffusers ``DiTPipeline`` included. The
-same function is ``sparing generate``.
+is complete, a latent one needs ``--vae``), or a folder or hub id of a whole pipeline, a diffusers ``DiTPipeline``
+included. The same function is ``sparing generate``.
 """
 
 import inspect
@@ -32,14 +32,15 @@ __all__ = ["generate", "open_pipeline", "open_stored", "open_transformer", "open
 
 
 def open_pipeline(model: str | Path | nn.Module | FlexDiTPipeline, *, vae: str | Path | None = None) -> FlexDiTPipeline:
-    """A pipeline from a live transformer or pipeline, a folder of either, or a name of the zoo.
+    """A pipeline from a live transformer or pipeline, a folder of either, a pipeline's hub id, or a name of the zoo.
 
     Raises:
         ValueError: a latent-space model without a VAE, a VAE of other latents or where a pipeline has its own, a model
             of another kind, a folder that holds neither, or a name without weights.
         FileNotFoundError: no such folder.
+        OSError: a hub id whose repository cannot be read.
     """
-    stands_alone = isinstance(model, (str, Path)) and (Path(model) / "model_index.json").exists()
+    stands_alone = isinstance(model, (str, Path)) and _holds_pipeline(model)
     if vae is not None and (stands_alone or isinstance(model, FlexDiTPipeline)):
         raise ValueError("a pipeline brings its own decoder: leave vae out")
     if isinstance(model, FlexDiTPipeline):
@@ -85,12 +86,9 @@ def open_stored(pipeline: str | Path) -> Any:
         OSError: the folder or repository holds no pipeline.
         ValueError: a pipeline of a class that is neither ours nor of diffusers, or one whose files cannot be read.
     """
-    from diffusers import DiffusionPipeline
-
     name = str(pipeline)
     _check_place(name)
-    index = Path(name) / "model_index.json"
-    opener = _pipeline_class(index) if index.exists() else DiffusionPipeline
+    opener = _pipeline_class(name)
     try:
         return opener.from_pretrained(name)
     except (ValueError, TypeError, OSError, ImportError):
@@ -99,19 +97,34 @@ def open_stored(pipeline: str | Path) -> Any:
         raise ValueError(f"pipeline {name!r} cannot be loaded ({type(error).__name__}): {error}") from error
 
 
+def _holds_pipeline(place: str | Path) -> bool:
+    """Whether a folder holds a pipeline, or a name that is nothing here may be a hub id of one."""
+    if Path(place).exists() or tagged_names(str(place)):
+        return (Path(place) / "model_index.json").exists()
+    return isinstance(place, str) and _is_hub_id(place)
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
 def _check_place(name: str) -> None:
-    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+    if not Path(name).is_dir() and not _is_hub_id(name):
         raise FileNotFoundError(f"no such folder: {name!r}, nor is it a hub id OWNER/REPO")
 
 
-def _pipeline_class(index: Path) -> Any:
-    """The class that a ``model_index.json`` names, ours or one of diffusers."""
+def _pipeline_class(name: str) -> Any:
+    """The class that the ``model_index.json`` of a folder or repository names, ours or one of diffusers."""
     import diffusers
 
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{index} is not JSON: {error}") from error
+    index = Path(name) / "model_index.json"
+    if index.exists():
+        try:
+            content = json.loads(index.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{index} is not JSON: {error}") from error
+    else:
+        content = diffusers.DiffusionPipeline.load_config(name)
     wanted = content.get("_class_name") if isinstance(content, dict) else None
     if wanted == FlexDiTPipeline.__name__:
         return FlexDiTPipeline

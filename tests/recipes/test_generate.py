@@ -100,6 +100,45 @@ def test_a_saved_pipeline_of_ours_is_opened_as_it_is_and_an_unknown_class_refuse
             recipe.open_stored(tmp_path / "pipeline")
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that is a cache in a folder; call it with (repository id, save) to put something there."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(name, save):
+        repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        save(repository / "snapshots" / ("0" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+
+    return put
+
+
+def test_pipelines_of_the_hub_are_opened_ours_and_those_of_diffusers(hub, folder, tmp_path, capsys):
+    ours = FlexDiTPipeline(FlexDiTTransformer2DModel.from_pretrained(folder), RespacedScheduler(sampler="ddpm"))
+    hub("somebody/flexdit", ours.save_pretrained)
+    plain = DiTPipeline(build_host(num_layers=1), _vae(), DDIMScheduler(), id2label={"1": "boot"})
+    hub("somebody/dit", plain.save_pretrained)
+    assert type(recipe.open_stored("somebody/flexdit")) is FlexDiTPipeline
+    assert type(recipe.open_stored("somebody/dit")) is DiTPipeline
+    opened = recipe.open_pipeline("somebody/flexdit")
+    assert (type(opened), opened.scheduler.config.sampler) == (FlexDiTPipeline, "ddpm")
+    assert type(recipe.open_pipeline("somebody/dit").transformer) is type(plain.transformer)
+    made = generate("somebody/flexdit", [1], steps=1)
+    assert torch.equal(
+        made["images"],
+        generate(folder.parent / "hub" / "models--somebody--flexdit" / "snapshots" / ("0" * 40), [1], steps=1)[
+            "images"
+        ],
+    )
+    result = CliRunner().invoke(
+        app, ["generate", "--model", "somebody/else", "--class", "1", "--out", str(tmp_path / "x.png")]
+    )
+    assert result.exit_code == 2
+    assert "somebody/else" in result.output
+    assert "Traceback" not in result.output
+
+
 def test_damaged_weights_of_a_pipeline_are_named_in_one_error(folder, tmp_path):
     model = FlexDiTTransformer2DModel.from_pretrained(folder)
     FlexDiTPipeline(model, RespacedScheduler()).save_pretrained(tmp_path / "pipeline")
