@@ -27,18 +27,19 @@ from sparing.diffusion.respaced import RespacedScheduler
 from sparing.media.image import writable_suffixes, write_image
 from sparing.media.outputs import check_output
 from sparing.zoo.registry import tagged_names
+from sparing.zoo.weights import download_folder
 
 __all__ = ["generate", "open_pipeline", "open_stored", "open_transformer", "open_vae", "parse_class", "sample_seeds"]
 
 
 def open_pipeline(model: str | Path | nn.Module | FlexDiTPipeline, *, vae: str | Path | None = None) -> FlexDiTPipeline:
-    """A pipeline from a live transformer or pipeline, a folder of either, a pipeline's hub id, or a name of the zoo.
+    """A pipeline from a live transformer or pipeline, a folder or hub id of either, or a name of the zoo.
 
     Raises:
         ValueError: a latent-space model without a VAE, a VAE of other latents or where a pipeline has its own, a model
             of another kind, a folder that holds neither, or a name without weights.
         FileNotFoundError: no such folder.
-        OSError: a hub id whose repository cannot be read.
+        ConnectionError: a hub id that is not in the cache while the hub cannot be reached.
     """
     stands_alone = isinstance(model, (str, Path)) and _holds_pipeline(model)
     if vae is not None and (stands_alone or isinstance(model, FlexDiTPipeline)):
@@ -98,10 +99,11 @@ def open_stored(pipeline: str | Path) -> Any:
 
 
 def _holds_pipeline(place: str | Path) -> bool:
-    """Whether a folder holds a pipeline, or a name that is nothing here may be a hub id of one."""
-    if Path(place).exists() or tagged_names(str(place)):
-        return (Path(place) / "model_index.json").exists()
-    return isinstance(place, str) and _is_hub_id(place)
+    """Whether a folder or a repository of the hub holds a whole pipeline."""
+    name, folder = str(place), Path(place)
+    if not folder.exists() and not tagged_names(name) and _is_hub_id(name):
+        folder = download_folder(name)
+    return (folder / "model_index.json").exists()
 
 
 def _is_hub_id(name: str) -> bool:

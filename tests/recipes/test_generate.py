@@ -119,6 +119,8 @@ def test_pipelines_of_the_hub_are_opened_ours_and_those_of_diffusers(hub, folder
     hub("somebody/flexdit", ours.save_pretrained)
     plain = DiTPipeline(build_host(num_layers=1), _vae(), DDIMScheduler(), id2label={"1": "boot"})
     hub("somebody/dit", plain.save_pretrained)
+    hub("somebody/transformer", FlexDiTTransformer2DModel.from_pretrained(folder).save_pretrained)
+    assert type(recipe.open_pipeline("somebody/transformer").transformer) is FlexDiTTransformer2DModel
     assert type(recipe.open_stored("somebody/flexdit")) is FlexDiTPipeline
     assert type(recipe.open_stored("somebody/dit")) is DiTPipeline
     opened = recipe.open_pipeline("somebody/flexdit")
