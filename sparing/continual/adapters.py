@@ -52,6 +52,7 @@ __all__ = [
     "SPLoRAMultiheadAttention",
     "SPPaRAConv",
     "adapt",
+    "check_method",
     "fuse",
     "learned_parameters",
 ]
@@ -196,6 +197,12 @@ class SPLoRAMultiheadAttention(nn.Module):
         return plain.train(self.training)
 
 
+def check_method(method: str) -> None:
+    """Raises ValueError for an unknown method of :func:`adapt`."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+
+
 def adapt(
     module: nn.Module,
     *,
@@ -226,8 +233,7 @@ def adapt(
         ValueError: an unknown method, a name in ``skip`` that is not there, a layer that carries an adapter already
             (skipped ones may), a single layer, or no layer that takes an adapter. The network is left as it was.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    check_method(method)
     names, spared = places(module), covered(module, skip)
     for name, child in names.items():
         if isinstance(child, (Adapted, SPLoRAMultiheadAttention)) and id(child) not in spared:
