@@ -167,6 +167,7 @@ def adapt_pruned(
     plan = _plan(settings, fit_settings)
     run = _Run(network, groups, training, head=head, settings=settings, identity=whole)
     run.check_reachable(plan[-1][0])
+    accelerator.wait_for_everyone()  # no process looks for what another has begun to write
     if accelerator.is_main_process:
         write_json(out / "run.json", whole)
     rows = []
@@ -396,8 +397,10 @@ def _plan(settings: PruneSettings, fit_settings: FitSettings) -> list[tuple[floa
 
 
 def _refuse_another_run(file: Path, now: dict[str, Any]) -> None:
-    """Raises ValueError where the stages in the folder of run.json are those of another run."""
+    """Raises ValueError where the stages beside run.json are those of another run, or it is missing beside some."""
     if not file.exists():
+        if strays := [path for name in _STAGE_FILES for path in file.parent.glob(f"stage_*/{name}")]:
+            raise ValueError(f"{strays[0]} is of a run without {file.name}; use another folder or remove it")
         return
     try:
         changed = differences(before := dict(json.loads(file.read_text(encoding="utf-8"))), now)

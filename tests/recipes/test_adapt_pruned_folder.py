@@ -69,6 +69,10 @@ def test_a_stopped_run_is_not_mixed_with_another(tmp_path):
     for change, words in OTHERS:
         with pytest.raises(ValueError, match=rf"holds another run \(.*{words}"):
             run(tmp_path, **({"settings": ONE_STAGE, "on_step": never} | change))
+    (tmp_path / "run.json").rename(tmp_path / "kept.json")
+    with pytest.raises(ValueError, match=r"kept\.pt is of a run without run\.json"):
+        run(tmp_path, ONE_STAGE, on_step=never)
+    (tmp_path / "kept.json").rename(tmp_path / "run.json")
     run(tmp_path, ONE_STAGE)
     assert names(tmp_path) == RESULT
 
