@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from recipes.pruning_task import DATA, FIT, TWO_STAGES, convolutions, linear, run
 from torch import nn
 
@@ -129,6 +131,13 @@ def test_bad_settings_are_named_before_anything_is_written(tmp_path, changes, bu
 def test_bad_settings_of_the_training_are_named_before_anything_is_written(tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
         run(tmp_path / "run", TWO_STAGES, fit_settings=replace(FIT, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sharded_launch_is_refused_before_anything_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda _: DistributedType.FSDP))
+    with pytest.raises(ValueError, match=r"FSDP is not supported.*data parallel"):
+        run(tmp_path / "run", TWO_STAGES)
     assert not (tmp_path / "run").exists()
 
 
