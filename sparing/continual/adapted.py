@@ -72,9 +72,26 @@ def below(name: str, tops: Iterable[str]) -> bool:
     return any(name == top or name.startswith(f"{top}.") for top in tops)
 
 
+def covered(module: nn.Module, names: Iterable[str]) -> set[int]:
+    """``id`` of every module that ``names`` name or that lies inside one of them; one in several places counts in all.
+
+    Raises:
+        ValueError: a name that no module has.
+    """
+    tops, have = tuple(names), places(module)
+    if unknown := [name for name in tops if not name or name not in have]:
+        raise ValueError(f"skip names {unknown}, which this {type(module).__name__} does not have")
+    return {id(child) for name, child in have.items() if below(name, tops)}
+
+
 def stored_weight(layer: Any) -> Tensor:
     """The parameter behind ``weight`` of a plain or an adapted layer."""
     return layer.stored_weight if isinstance(layer, Adapted) else layer.weight
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least, for sums and squares of weights of half precision; without gradient."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class Adapted(nn.Module):

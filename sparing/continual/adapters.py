@@ -11,6 +11,11 @@ Dropping an output channel drops a row of W and of C, dropping an input channel 
 commute with fusing. Each adapter is a plain torch layer with a parametrised weight: ``fuse`` returns that layer with
 the sum, ``unfuse`` the one with W. Keys: ``weight``, ``bias``, ``adapter.rows``, ``adapter.cols`` (SPLoRA),
 ``adapter`` (SPPaRA), ``adapter.prototypes.rows|cols``, ``adapter.pos_weights`` (SPLoPA).
+
+A network that is not fused yet is stored by its ``state_dict``. Layers that share prototypes, or a layer in two places,
+have one tensor under several keys: ``safetensors.torch.save_model`` and ``load_model`` keep it one, ``save_file``
+refuses it. The network to load into is built and adapted likewise; one whose channels were pruned is first cut by
+:func:`sparing.continual.channel_groups.resize_as`.
 """
 
 from collections.abc import Iterable
@@ -27,7 +32,7 @@ from sparing.continual.adapted import (
     AdaptedConv,
     AdaptedLinear,
     LowRank,
-    below,
+    covered,
     filled,
     is_plain,
     kept_part,
@@ -47,6 +52,7 @@ __all__ = [
     "SPLoRAMultiheadAttention",
     "SPPaRAConv",
     "adapt",
+    "check_method",
     "fuse",
     "learned_parameters",
 ]
@@ -67,6 +73,7 @@ class SPLoRALinear(AdaptedLinear):
         self._set(linear)
         out_features, in_features = linear.weight.shape
         self.adapter = LowRank(in_features, out_features, rank_of(rank, out_features), like=linear.weight)
+        self.adapter.train(self.training)
 
     def addition(self) -> Tensor:
         return self.adapter()
@@ -91,6 +98,7 @@ class SPLoRAConv(AdaptedConv):
         self._set(conv)
         out_channels, in_channels = self.stored_weight.shape[:2]
         self.adapter = LowRank(in_channels, out_channels, rank_of(rank, out_channels), like=self.stored_weight)
+        self.adapter.train(self.training)
 
     def addition(self) -> Tensor:
         return self._at_centre(self.adapter())
@@ -189,6 +197,12 @@ class SPLoRAMultiheadAttention(nn.Module):
         return plain.train(self.training)
 
 
+def check_method(method: str) -> None:
+    """Raises ValueError for an unknown method of :func:`adapt`."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+
+
 def adapt(
     module: nn.Module,
     *,
@@ -219,14 +233,8 @@ def adapt(
         ValueError: an unknown method, a name in ``skip`` that is not there, a layer that carries an adapter already
             (skipped ones may), a single layer, or no layer that takes an adapter. The network is left as it was.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    skipped = tuple(skip)
-    names = places(module)
-    unknown = [name for name in skipped if name not in names]
-    if unknown:
-        raise ValueError(f"skip names {unknown}, which this {type(module).__name__} does not have")
-    spared = {id(child) for name, child in names.items() if below(name, skipped)}  # in its other places too
+    check_method(method)
+    names, spared = places(module), covered(module, skip)
     for name, child in names.items():
         if isinstance(child, (Adapted, SPLoRAMultiheadAttention)) and id(child) not in spared:
             raise ValueError(f"{name or type(child).__name__!r} carries an adapter already: fuse it first, or skip it")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sparing.continual.adapted import NEAR_ZERO, Adapted, AdaptedLinear, take_layer
+from sparing.continual.adapted import NEAR_ZERO, Adapted, AdaptedLinear, take_layer, wide
 
 BlockShape = tuple[int, int]
 
@@ -66,6 +66,9 @@ class Prototypes(nn.Module):
 
     def __init__(self, count: int, block_shape: tuple[int, int], *, rank: int = 1) -> None:
         super().__init__()
+        for name, number in (("count", count), ("rank", rank), ("block_shape", min(block_shape))):
+            if number < 1:
+                raise ValueError(f"{name} of prototypes must be at least 1, got {number}")
         self.rows = nn.Parameter(torch.empty(count, rank, block_shape[1]))
         self.cols = nn.Parameter(torch.empty(count, block_shape[0], rank))
         nn.init.kaiming_uniform_(self.rows, a=math.sqrt(5))
@@ -110,7 +113,7 @@ class SPLoPALinear(AdaptedLinear):
         if (prototypes.cols.shape[1], prototypes.rows.shape[2]) != tuple(block_shape):
             raise ValueError(f"the shared prototypes are not {block_shape}")
         self.block_shape = block_shape
-        self.adapter = _Blocks(prototypes, grid).to(linear.weight)
+        self.adapter = _Blocks(prototypes, grid).to(linear.weight).train(self.training)
 
     @property
     def kept(self) -> Tensor:
@@ -126,8 +129,8 @@ class SPLoPALinear(AdaptedLinear):
         return F.linear(x, self.adapted_weight(), self.bias)
 
     def block_importance(self, *, p: int = 2) -> Tensor:
-        """Sum of ``|w|^p`` over each block of the adapted weight, (out / p, in / q)."""
-        return block_sums(self.adapted_weight().abs().pow(p), self.block_shape)
+        """Sum of ``|w|^p`` over each block of the adapted weight, (out / p, in / q), in float32."""
+        return block_sums(wide(self.adapted_weight()).abs().pow(p), self.block_shape)
 
     def learned_parameters(self) -> int:
         """Numbers that training changes: prototypes (shared ones too), positions of kept blocks, bias."""

@@ -10,7 +10,8 @@ Structured pruning by dependency follows Hedegaard et al., *Structured Pruning A
 (CVPR 2023).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
@@ -18,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparing.continual.adapted import Adapted, kept_part
+from sparing.continual.adapted import Adapted, covered, kept_part, places, stored_weight
 
-__all__ = ["ChannelGroup", "channel_groups", "count_weights", "prune_group", "resize_as"]
+__all__ = ["ChannelGroup", "channel_groups", "check_kept", "count_weights", "eval_mode", "prune_group", "resize_as"]
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -102,18 +103,22 @@ def channel_groups(network: nn.Module, example: tuple[Tensor, ...], *, skip: Ite
     Args:
         network: exported in eval mode; left as it is.
         example: its inputs, batch of 2 or more so that the batch axis is not mistaken for another.
-        skip: layers whose outputs are kept whole.
+        skip: dotted names of layers, or of modules that hold them, whose outputs are kept whole.
 
     Returns:
-        In the order of the graph; groups of one channel, and of networks' inputs and outputs, are not among them.
+        In the order of the graph; groups of one channel, and of networks' inputs and outputs, are not among them. A
+        layer that is called several times ties what it reads; where one of its calls reads channels that cannot be
+        dropped, all are left alone.
+
+    Raises:
+        ValueError: a name in ``skip`` that is not there, or a network that carries adapters.
     """
-    was_training = network.training
-    network.eval()
-    try:
+    spared = covered(network, skip)
+    if carrying := [name or "(the network)" for name, layer in places(network).items() if isinstance(layer, Adapted)]:
+        raise ValueError(f"{carrying[0]} carries an adapter: find the groups before adapters are put in, or fuse first")
+    with eval_mode(network):
         program = torch.export.export(network, example, strict=False)
-    finally:
-        network.train(was_training)
-    walk = _Walk(network, program, set(skip))
+    walk = _Walk(network, program, spared)
     for node in program.graph.nodes:
         walk.visit(node)
     spaces = walk.spaces
@@ -128,20 +133,35 @@ def channel_groups(network: nn.Module, example: tuple[Tensor, ...], *, skip: Ite
     return [group for group in found if group.producers and group.consumers and group.size > 1]
 
 
+@contextmanager
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """The network in eval mode; afterwards every part is in the mode that it was in."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 class _Walk:
-    def __init__(self, network: nn.Module, program: Any, skip: set[str]) -> None:
+    def __init__(self, network: nn.Module, program: Any, spared: set[int]) -> None:
         signature = program.graph_signature
         self.names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.modules = dict(network.named_modules())
-        self.skip = skip
+        self.spared = spared  # ids of modules
         self.spaces = _Spaces()
         self.labels: dict[Any, _Label] = {}
         self.outputs: dict[str, int] = {}
         self.inputs: dict[str, _Label] = {}
         seen: dict[int, str] = {}
         self.tied: set[str] = set()
-        for name, parameter in network.named_parameters(remove_duplicate=False):
-            first = seen.setdefault(id(parameter), name)
+        for name, tensor in (
+            *network.named_parameters(remove_duplicate=False),
+            *network.named_buffers(remove_duplicate=False),
+        ):
+            first = seen.setdefault(id(tensor), name)
             if first != name:
                 self.tied |= {first.rpartition(".")[0], name.rpartition(".")[0]}
 
@@ -197,24 +217,29 @@ class _Walk:
             self.block(node.all_input_nodes)
             return
         groups = getattr(module, "groups", 1)
+        self.read(name, label, size=module.weight.shape[1] * groups)
         if groups > 1 and groups == module.in_channels == module.out_channels and label is not None:
-            self.keep_if(node, label, label.axis == 1 and label.repeat == 1 and name not in self.skip)
+            self.keep_if(node, label, label.axis == 1 and label.repeat == 1 and id(module) not in self.spared)
             self.spaces.of(label.space).depthwise.append(name)
             return
         if label is not None:
             reads = _value(node.args[0]).ndim - 1 if isinstance(module, nn.Linear) else 1
-            self.consume(name, label, fits=groups == 1 and label.axis == reads)
+            if groups != 1 or label.axis != reads:
+                self.spaces.block(label.space)
+            self.spaces.of(label.space).consumers.append((name, label.repeat))
         if name not in self.outputs:
             size = module.weight.shape[0]
-            self.outputs[name] = self.spaces.new(size, blocked=groups != 1 or name in self.skip)
+            self.outputs[name] = self.spaces.new(size, blocked=groups != 1 or id(module) in self.spared)
             self.spaces.of(self.outputs[name]).producers.append(name)
         self.labels[node] = _Label(self.outputs[name], axis, 1)
 
-    def consume(self, name: str, label: _Label, *, fits: bool) -> None:
-        if not fits:
-            self.spaces.block(label.space)
-        self.spaces.of(label.space).consumers.append((name, label.repeat))
-        first = self.inputs.setdefault(name, label)  # a layer that is used twice ties what it reads
+    def read(self, name: str, label: _Label | None, *, size: int) -> None:
+        """Tie what a layer reads now to what it read in its calls before: it has one width. None: the network's input
+        or what became of it, whose channels stay.
+        """
+        if label is None:
+            label = _Label(self.spaces.new(size, blocked=True), 1, 1)
+        first = self.inputs.setdefault(name, label)
         if first.repeat != label.repeat:
             self.spaces.block(first.space)
             self.spaces.block(label.space)
@@ -223,11 +248,14 @@ class _Walk:
     def norm(self, node: Any, label: _Label | None) -> None:
         source = next((arg.name for arg in node.args[1:5] if getattr(arg, "name", None) in self.names), "")
         name = self.names.get(source, "").rpartition(".")[0]
-        if label is None:
+        module: Any = self.modules.get(name)
+        if not isinstance(module, _NORMS) or name in self.tied:  # one without any tensor has no name in the graph
+            self.block(node.all_input_nodes)
             return
-        fits = isinstance(self.modules.get(name), _NORMS) and label.axis == 1 and label.repeat == 1
-        self.keep_if(node, label, fits)
-        self.spaces.of(label.space).norms.append(name)
+        self.read(name, label, size=module.num_features)
+        if label is not None:
+            self.keep_if(node, label, label.axis == 1 and label.repeat == 1 and id(module) not in self.spared)
+            self.spaces.of(label.space).norms.append(name)
 
     def binary(self, node: Any) -> None:
         operands = [arg for arg in node.args[:2] if hasattr(arg, "meta")]
@@ -307,10 +335,7 @@ def prune_group(network: nn.Module, group: ChannelGroup, kept: Tensor) -> None:
     Raises:
         ValueError: a mask of another shape, or one that keeps nothing.
     """
-    if kept.dtype != torch.bool or kept.shape != (group.size,):
-        raise ValueError(f"kept must be bool ({group.size},), got {kept.dtype} {tuple(kept.shape)}")
-    if not bool(kept.any()):
-        raise ValueError(f"a group must keep one of its {group.size} channels at least ({', '.join(group.producers)})")
+    check_kept(group, kept)
     for name in group.producers:
         _shrink(network.get_submodule(name), out_kept=kept)
     for name in group.depthwise:
@@ -320,6 +345,14 @@ def prune_group(network: nn.Module, group: ChannelGroup, kept: Tensor) -> None:
     for name, repeat in group.consumers:
         _shrink(network.get_submodule(name), in_kept=kept.repeat_interleave(repeat))
     group.size = int(kept.sum())
+
+
+def check_kept(group: ChannelGroup, kept: Tensor) -> None:
+    """Raises ValueError for a mask that is not bool (group.size,), or keeps nothing."""
+    if kept.dtype != torch.bool or kept.shape != (group.size,):
+        raise ValueError(f"kept must be bool ({group.size},), got {kept.dtype} {tuple(kept.shape)}")
+    if not bool(kept.any()):
+        raise ValueError(f"a group must keep one of its {group.size} channels at least ({', '.join(group.producers)})")
 
 
 def _shrink(layer: Any, *, out_kept: Tensor | None = None, in_kept: Tensor | None = None) -> None:
@@ -338,7 +371,7 @@ def _note_sizes(layer: Any) -> None:
     if isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
     elif isinstance(layer, _NORMS):
-        layer.num_features = len(layer.running_mean)  # type: ignore[arg-type]
+        layer.num_features = len(layer.running_mean if layer.weight is None else layer.weight)  # type: ignore[arg-type]
     else:
         if layer.groups > 1 and layer.weight.shape[1] == 1:
             layer.groups = len(layer.weight)
@@ -346,40 +379,56 @@ def _note_sizes(layer: Any) -> None:
 
 
 def _shrink_norm(norm: Any, kept: Tensor) -> None:
-    if norm.affine:
-        norm.weight, norm.bias = kept_part(norm.weight, 0, kept), kept_part(norm.bias, 0, kept)
-    for name in ("running_mean", "running_var"):
-        setattr(norm, name, getattr(norm, name)[kept.to(norm.running_mean.device)])
+    for name in ("weight", "bias"):
+        if getattr(norm, name) is not None:
+            setattr(norm, name, kept_part(getattr(norm, name), 0, kept))
+    for name in ("running_mean", "running_var"):  # None in a norm that normalises by the batch in eval mode too
+        if getattr(norm, name) is not None:
+            setattr(norm, name, getattr(norm, name)[kept.to(getattr(norm, name).device)])
     norm.num_features = int(kept.sum())
 
 
 def count_weights(network: nn.Module, *, skip: Sequence[str] = ()) -> int:
-    """Weights (not biases) of the convolutions and linear layers; a dropped block of a linear layer counts as gone."""
-    total = 0
-    for name, layer in network.named_modules():
-        if name not in skip and isinstance(layer, (*_LAYERS, Adapted)):
+    """Weights (not biases) of the convolutions and linear layers; a dropped block of a linear layer counts as gone.
+
+    Args:
+        network: plain or with adapters.
+        skip: dotted names of layers, or of modules that hold them, that are not counted.
+
+    Raises:
+        ValueError: a name in ``skip`` that is not there.
+    """
+    total, spared = 0, covered(network, skip)
+    for layer in network.modules():
+        if id(layer) not in spared and isinstance(layer, (*_LAYERS, Adapted)):
             kept = getattr(layer, "kept", None)
-            weights = layer.weight.numel()
+            weights = stored_weight(layer).numel()
             total += weights if kept is None else weights * int(kept.sum()) // kept.numel()
     return total
 
 
 def resize_as(network: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """Cut the layers of a plain network to the shapes that ``state`` has, in place; values are loaded afterwards.
+    """Cut the layers of a network, plain or with adapters, to the shapes that ``state`` has, in place; values are
+    loaded afterwards.
 
     Raises:
         ValueError: a tensor of ``state`` that this network does not have, or one that is larger or of another rank.
     """
-    modules = dict(network.named_modules())
+    modules = places(network)
+    for name, layer in modules.items():
+        if isinstance(layer, Adapted) and f"{name}.weight" in state:
+            _shrink_adapted(layer, state[f"{name}.weight"].shape)
     for key, tensor in state.items():
         name, _, leaf = key.rpartition(".")
         module: Any = modules.get(name)
-        have = getattr(module, leaf, None)
+        have = (
+            stored_weight(module) if isinstance(module, Adapted) and leaf == "weight" else getattr(module, leaf, None)
+        )
         if not isinstance(have, Tensor):
             raise ValueError(f"the file has {key}, which this {type(network).__name__} does not have")
         if have.shape == tensor.shape:
             continue
-        fits = have.ndim == tensor.ndim and all(new <= old for new, old in zip(tensor.shape, have.shape, strict=True))
+        fits = have.ndim == tensor.ndim and all(new <= old for new, old in zip(tensor.shape, have.shape))
         if not fits or not isinstance(module, (*_LAYERS, *_NORMS)):
             raise ValueError(f"{key} is {tuple(tensor.shape)} in the file, {tuple(have.shape)} in the network")
         smaller = torch.empty(tensor.shape, dtype=have.dtype, device=have.device)
@@ -389,3 +438,11 @@ def resize_as(network: nn.Module, state: dict[str, Tensor]) -> nn.Module:
         if leaf in ("weight", "running_mean"):
             _note_sizes(module)
     return network
+
+
+def _shrink_adapted(layer: Any, shape: torch.Size) -> None:
+    """Keep the first channels of an adapted layer, as many as ``shape`` of its weight has, where it has fewer."""
+    have, groups = stored_weight(layer).shape, getattr(layer, "groups", 1)
+    if len(shape) == len(have) and shape != have and all(new <= old for new, old in zip(shape, have)):
+        rows = torch.arange(shape[0])
+        layer.prune(out_kept=rows, in_kept=rows if groups > 1 else torch.arange(shape[1]))

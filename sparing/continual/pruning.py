@@ -14,15 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparing.continual.adapted import covered, stored_weight, wide
 from sparing.continual.adapters import BlockLinear, SPLoPALinear, fuse
 from sparing.continual.block_adapters import block_sums
-from sparing.continual.channel_groups import ChannelGroup, count_weights, prune_group
+from sparing.continual.channel_groups import ChannelGroup, check_kept, count_weights, prune_group
 
 __all__ = [
     "CRITERIA",
     "SCHEDULES",
     "block_importance",
     "channel_importance",
+    "check_criterion",
+    "check_scope",
     "choose_blocks",
     "choose_channels",
     "density_schedule",
@@ -60,15 +63,26 @@ def density_schedule(density: float, *, stages: int, shape: str = "geometric") -
     return [density + (1 - density) * (1 - t) ** 3 for t in done]
 
 
-def _check_criterion(criterion: str, batches: Sequence[Any], backward: Backward | None) -> None:
+def check_criterion(criterion: str, *, blocks: bool = False) -> None:
+    """Raises ValueError for an unknown criterion, or one that does not rank ``blocks``."""
     if criterion not in CRITERIA:
         raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
-    if criterion in ("gradient", "taylor", "relevance") and (not batches or backward is None):
-        raise ValueError(f"criterion {criterion!r} needs batches and a backward function")
+    if blocks and criterion == "relevance":
+        raise ValueError("criterion 'relevance' ranks channels, not blocks; use magnitude, gradient, taylor or random")
+
+
+def check_scope(scope: str) -> None:
+    """Raises ValueError for an unknown scope of :func:`choose_channels`."""
+    if scope not in ("global", "group"):
+        raise ValueError(f"scope must be 'global' or 'group', got {scope!r}")
 
 
 class _Probe:
-    """A fused copy of a network with gradients of its weights, or the relevance of what some layers read."""
+    """A fused copy of a network with gradients of its weights, or the relevance of what some layers read.
+
+    The copy computes in the network's own precision; gradients are summed and scores taken in float32 at least, since a
+    square of a small fp16 weight is zero.
+    """
 
     def __init__(
         self,
@@ -80,12 +94,16 @@ class _Probe:
         backward: Backward | None,
         readers: Iterable[str] = (),
     ) -> None:
-        _check_criterion(criterion, batches, backward)
+        if not 0 < power < float("inf"):
+            raise ValueError(f"power must be positive and finite, got {power}")
         self.criterion, self.power = criterion, power
         self.network = fuse(copy.deepcopy(network)).eval()
         self.relevance: dict[str, Tensor] = {}
-        if criterion in ("magnitude", "random") or backward is None:
+        self.gradients: dict[nn.Parameter, Tensor] = {}
+        if criterion == "magnitude":
             return
+        if not batches or backward is None:
+            raise ValueError(f"criterion {criterion!r} needs batches and a backward function")
         for parameter in self.network.parameters():
             parameter.requires_grad_(True).grad = None
         read: dict[str, list[Tensor]] = {}
@@ -101,22 +119,38 @@ class _Probe:
                 self._gather(read)
         for hook in hooks:
             hook.remove()
+        if silent := sorted(read.keys() - self.relevance.keys()):
+            raise ValueError(f"relevance: layer {silent[0]!r} was not called with a gradient by the backward function")
 
     def _gather(self, read: dict[str, list[Tensor]]) -> None:
         for name, tensors in read.items():
             axis = -1 if isinstance(self.network.get_submodule(name), nn.Linear) else 1
             for x in tensors:
                 if x.grad is not None:
-                    now = (x.detach() * x.grad).movedim(axis, -1).flatten(0, -2).sum(0)
+                    now = (wide(x) * wide(x.grad)).movedim(axis, -1).flatten(0, -2).sum(0)
                     self.relevance[name] = self.relevance.get(name, torch.zeros_like(now)) + now
             tensors.clear()
+        for parameter in self.network.parameters():
+            if parameter.grad is not None:
+                before = self.gradients.get(parameter)
+                self.gradients[parameter] = wide(parameter.grad) if before is None else before + wide(parameter.grad)
+                parameter.grad = None
 
-    def values(self, tensor: Tensor) -> Tensor:
+    def values(self, parameter: nn.Parameter) -> Tensor:
         """Importance of each number of a parameter."""
+        weight = wide(parameter)
         if self.criterion == "magnitude":
-            return tensor.detach().abs().pow(self.power)
-        gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-        return gradient.abs().pow(self.power) if self.criterion == "gradient" else (tensor.detach() * gradient).abs()
+            return weight.abs().pow(self.power)
+        gradient = self.gradients.get(parameter, torch.zeros_like(weight))
+        return gradient.abs().pow(self.power) if self.criterion == "gradient" else (weight * gradient).abs()
+
+
+def _check_finite(score: Tensor, criterion: str, names: Iterable[str]) -> None:
+    if not bool(torch.isfinite(score).all()):
+        raise ValueError(
+            f"{criterion} of {', '.join(names)} is NaN or infinite: the weights, or what the batches make of them, "
+            "hold NaN or huge values"
+        )
 
 
 def _keeper(into: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -150,9 +184,10 @@ def channel_importance(
         seed: of the random criterion.
 
     Raises:
-        ValueError: unknown criterion, or one that needs batches and has none.
+        ValueError: unknown criterion, one that needs batches and has none, a power that is not positive, or scores that
+            are not finite.
     """
-    _check_criterion(criterion, batches, backward)
+    check_criterion(criterion)
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed)
         return [torch.rand(group.size, generator=generator) for group in groups]
@@ -165,6 +200,7 @@ def channel_importance(
         else:
             members = _weight_scores(probe, group)
         mean = torch.stack(members).mean(0).cpu()
+        _check_finite(mean, criterion, group.producers)
         scores.append(mean / mean.abs().mean().clamp_min(torch.finfo(mean.dtype).tiny))
     return scores
 
@@ -194,13 +230,13 @@ def choose_channels(
     Args:
         scope: 'global' ranks all channels together, 'group' keeps the same share of every group.
         least: channels that each group keeps at least.
-        skip: layers whose weights are not counted.
+        skip: names of layers, or of modules that hold them, whose weights are not counted.
 
     Raises:
-        ValueError: even the smallest network of these groups has more weights; the number is named.
+        ValueError: even the smallest network of these groups has more weights (the number is named), no groups, scores
+            of another shape or not finite, ``least`` below 1, or an unknown scope.
     """
-    if scope not in ("global", "group"):
-        raise ValueError(f"scope must be 'global' or 'group', got {scope!r}")
+    _check_choice(groups, scores, scope=scope, least=least)
     order = [score.argsort(descending=True, stable=True) for score in scores]
     # the place of each channel in the order of dropping, from 0 (goes first)
     if scope == "global":
@@ -238,6 +274,19 @@ def choose_channels(
     return masks(low)
 
 
+def _check_choice(groups: Sequence[ChannelGroup], scores: Sequence[Tensor], *, scope: str, least: int) -> None:
+    check_scope(scope)
+    if least < 1:
+        raise ValueError(f"least must be at least 1, got {least}: a group cannot lose all of its channels")
+    if not groups:
+        raise ValueError("there are no groups of channels, so none can be dropped")
+    shapes, sizes = [tuple(score.shape) for score in scores], [(group.size,) for group in groups]
+    if shapes != sizes:
+        raise ValueError(f"scores must be one tensor for each group, of shapes {sizes}, got {shapes}")
+    for group, score in zip(groups, scores):
+        _check_finite(score, "score", group.producers)
+
+
 def _weights_left(
     network: nn.Module, groups: Sequence[ChannelGroup], masks: Sequence[Tensor], skip: Sequence[str]
 ) -> int:
@@ -250,13 +299,13 @@ def _weights_left(
             rows[name] = share
         for name, _ in group.consumers:
             columns[name] = share
-    total = 0
-    modules: dict[str, Any] = dict(network.named_modules())
+    total, spared = count_weights(network, skip=skip), covered(network, skip)
     for name in dict.fromkeys((*rows, *columns)):
-        if name not in skip:
-            total -= modules[name].weight.numel()
-            total += round(modules[name].weight.numel() * rows.get(name, 1.0) * columns.get(name, 1.0))
-    return total + count_weights(network, skip=skip)
+        layer = network.get_submodule(name)
+        if id(layer) not in spared:
+            weights = stored_weight(layer).numel()
+            total += round(weights * rows.get(name, 1.0) * columns.get(name, 1.0)) - weights
+    return total
 
 
 def block_importance(
@@ -272,22 +321,26 @@ def block_importance(
 
     Raises:
         ValueError: unknown criterion, 'relevance' (it scores what a layer reads, not its blocks), one that needs
-            batches and has none, or a network without such layers.
+            batches and has none, a power that is not positive, scores that are not finite, or a network without such
+            layers.
     """
     layers = _block_layers(network)
     if not layers:
         raise ValueError(f"this {type(network).__name__} has no layer whose blocks can be pruned")
-    if criterion == "relevance":
-        raise ValueError("criterion 'relevance' ranks channels, not blocks; use magnitude, gradient, taylor or random")
-    probe = _Probe(network, criterion=criterion, power=power, batches=batches, backward=backward)
-    generator = torch.Generator().manual_seed(seed)
-    scores = {}
+    check_criterion(criterion, blocks=True)
+    if criterion == "random":
+        generator = torch.Generator().manual_seed(seed)
+        scores = {name: torch.rand(layer.kept.shape, generator=generator) for name, layer in layers.items()}
+    else:
+        probe = _Probe(network, criterion=criterion, power=power, batches=batches, backward=backward)
+        fused: dict[str, Any] = {name: probe.network.get_submodule(name) for name in layers}
+        scores = {
+            name: block_sums(probe.values(fused[name].weight), layer.block_shape).cpu()
+            for name, layer in layers.items()
+        }
     for name, layer in layers.items():
-        if criterion == "random":
-            score = torch.rand(layer.kept.shape, generator=generator)
-        else:
-            score = block_sums(probe.values(probe.network.get_submodule(name).weight), layer.block_shape).cpu()
-        scores[name] = score.masked_fill(~layer.kept.cpu(), float("-inf"))
+        _check_finite(scores[name], criterion, [name])
+        scores[name] = scores[name].masked_fill(~layer.kept.cpu(), float("-inf"))
     return scores
 
 
@@ -299,8 +352,14 @@ def choose_blocks(scores: Mapping[str, Tensor], *, density: float) -> dict[str, 
     """Bool masks that keep the best ``density`` of all blocks, ranked together.
 
     Raises:
-        ValueError: the density keeps no block at all.
+        ValueError: a density outside (0, 1], or one that keeps no block at all; no scores, or NaN among them.
     """
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density is the share of blocks that is kept, in (0, 1], got {density}")
+    if not scores:
+        raise ValueError("there are no scores of blocks, so none can be chosen")
+    if wrong := [name for name, score in scores.items() if bool(score.isnan().any())]:
+        raise ValueError(f"the scores of {', '.join(wrong)} hold NaN")
     flat = torch.cat([score.flatten() for score in scores.values()])
     count = int(density * len(flat) + 1e-6)
     if count < 1:
@@ -312,12 +371,39 @@ def choose_blocks(scores: Mapping[str, Tensor], *, density: float) -> dict[str, 
 
 
 def prune_blocks(network: nn.Module, kept: Mapping[str, Tensor]) -> None:
-    """Drop blocks in place."""
-    for name, layer in _block_layers(network).items():
+    """Drop blocks in place.
+
+    Args:
+        network: adapted by 'splopa' or 'fine_blocks'.
+        kept: for every layer with prunable blocks, by name, (out / p, in / q) bool.
+
+    Raises:
+        ValueError: a name too many or too few, or a mask of another shape or type; nothing is dropped then.
+    """
+    layers = _block_layers(network)
+    if unknown := sorted(kept.keys() - layers.keys()):
+        raise ValueError(f"kept names {unknown}, which are no layers with prunable blocks; those are {sorted(layers)}")
+    if lacking := sorted(layers.keys() - kept.keys()):
+        raise ValueError(f"kept lacks {lacking}; give True for every block of a layer that stays whole")
+    for name, layer in layers.items():
+        if kept[name].dtype != torch.bool or kept[name].shape != layer.kept.shape:
+            raise ValueError(
+                f"kept[{name!r}] must be bool {tuple(layer.kept.shape)}, got {kept[name].dtype} "
+                f"{tuple(kept[name].shape)}"
+            )
+    for name, layer in layers.items():
         layer.prune_blocks(kept[name])
 
 
 def prune_channels(network: nn.Module, groups: Sequence[ChannelGroup], kept: Sequence[Tensor]) -> None:
-    """Drop channels in place: every tensor that they run through gets smaller."""
+    """Drop channels in place: every tensor that they run through gets smaller.
+
+    Raises:
+        ValueError: not one mask for each group, or one of another shape or that keeps nothing; nothing is dropped then.
+    """
+    if len(groups) != len(kept):
+        raise ValueError(f"kept must be one mask for each of {len(groups)} groups, got {len(kept)}")
+    for group, mask in zip(groups, kept):
+        check_kept(group, mask)
     for group, mask in zip(groups, kept, strict=True):
         prune_group(network, group, mask)

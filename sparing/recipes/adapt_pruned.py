@@ -22,20 +22,21 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 import sparing
 from sparing.continual import adapters, pruning
-from sparing.continual.channel_groups import ChannelGroup, channel_groups, count_weights, resize_as
+from sparing.continual.adapted import below
+from sparing.continual.channel_groups import ChannelGroup, channel_groups, count_weights, eval_mode
+from sparing.recipes.pruned_network import load_pruned, save_pruned
 from sparing.recipes.train_vision import accuracy
 from sparing.training import (
     Batch,
     BatchSource,
     FitSettings,
     ImageSettings,
-    atomic_file,
+    build_optimizers,
     epoch_order,
     fit,
     image_batches,
@@ -43,12 +44,15 @@ from sparing.training import (
     save_checkpoint,
     write_json,
 )
-from sparing.training.loop import run_identity
-from sparing.zoo.table import MODELS
+from sparing.training.loop import count_steps, differences, finished_run, run_identity
+from sparing.zoo.fingerprints import network_fingerprint
 
 __all__ = ["PruneSettings", "adapt_pruned", "load_pruned"]
 
 _BLOCK_METHODS = ("splopa", "fine_blocks")
+_GRADIENT_CRITERIA = ("gradient", "taylor", "relevance")
+_RESULTS = ("model.safetensors", "config.json", "metrics.json")
+_STAGE_FILES = ("kept.pt", "network.pt", "checkpoint.pt")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,20 @@ class PruneSettings:
     num_prototypes: int = field(default=64, metadata={"help": "of SPLoPA, shared over the network"})
     label_smoothing: float = field(default=0.0, metadata={"help": "share of the target spread over all classes"})
 
+    def check(self) -> None:
+        """Raises ValueError for a setting that cannot work."""
+        adapters.check_method(self.method)
+        pruning.check_criterion(self.criterion, blocks=self.method in _BLOCK_METHODS)
+        pruning.check_scope(self.scope)
+        pruning.density_schedule(self.density, stages=self.stages, shape=self.schedule)
+        for name in ("stage_epochs", "criterion_batches", "least", "block_size", "num_prototypes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.warm_epochs < 0:
+            raise ValueError(f"warm_epochs must be at least 0, got {self.warm_epochs}")
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing must lie in [0, 1], got {self.label_smoothing}")
+
 
 def adapt_pruned(
     network: nn.Module,
@@ -85,6 +103,9 @@ def adapt_pruned(
 ) -> dict[str, Any]:
     """Adapt and prune ``network`` in place and write the fused network to ``out``.
 
+    Everything is checked before the first file is written. Where ``out`` holds the result of this very run, nothing is
+    trained and its metrics are returned; ``network`` is left as it was then.
+
     Args:
         network: a trained classifier with a head for the new task, (batch, classes) logits.
         data: images (then the network needs timm's ``pretrained_cfg``), or training and test batches.
@@ -93,41 +114,62 @@ def adapt_pruned(
         fit_settings: seed and rates; ``epochs`` are those after the last pruning, ``fresh_lr_multiplier`` applies to
             adapters and head.
         image_settings: augmentation of images.
-        head: dotted name of the new head, which is neither frozen nor narrowed; None reads it from ``pretrained_cfg``.
+        head: dotted name of the new head, a layer or a module that holds some, which is neither frozen nor narrowed;
+            None reads it from ``pretrained_cfg``.
         measure: take the test accuracy after every epoch for the history; that of the fused network is taken anyway.
         on_step: called with the number of optimizer steps done in the stage.
 
     Returns:
-        What metrics.json holds.
+        What metrics.json holds, in every process.
 
     Raises:
-        ValueError: a setting, density or method that does not go with this network, or the folder of another run.
+        ValueError: a setting, density or method that does not go with this network, data that cannot be learned, or the
+            folder of another run.
     """
     settings, fit_settings, out = settings or PruneSettings(), fit_settings or FitSettings(), Path(out)
+    image_settings = image_settings or ImageSettings()
     started = time.perf_counter()
+    settings.check()
+    fit_settings.check()
     training, testing = _batches(network, data, fit_settings, image_settings)
     head = head if head is not None else _head_of(network)
-    if head not in dict(network.named_modules()):
+    if not head or head not in dict(network.named_modules()):
         raise ValueError(f"head {head!r} is no module of this {type(network).__name__}")
-    plan = _plan(settings, fit_settings)
-    _same_run(out / "run.json", {"settings": asdict(settings), "fit": asdict(fit_settings), "samples": len(training)})
-    example = next(training.batches(torch.arange(2), batch_size=2, epoch=0)).images
+    told = (settings, image_settings) if isinstance(data, str) else (settings,)
+    identity = {**run_identity(training, *told), "head": head, "start": network_fingerprint(network)}
+    accelerator = Accelerator()
+    if (finished := finished_run(out, fit_settings, identity)) is not None:
+        if accelerator.is_main_process:
+            _clear(out)
+        return finished
+    whole = json.loads(json.dumps({**asdict(fit_settings), **identity}))
+    _refuse_another_run(out / "run.json", whole)
+    count_steps(training, fit_settings, accelerator)
+    network.to(accelerator.device)
+    example = _example(network, training, testing).to(accelerator.device)
     blocks = settings.method in _BLOCK_METHODS
-    groups = [] if blocks else channel_groups(network, (example.to(next(network.parameters()).device),), skip=(head,))
+    groups = [] if blocks else channel_groups(network, (example,), skip=(head,))
     if not blocks and not groups:
         raise ValueError(f"no channels of this {type(network).__name__} can be pruned; method splopa prunes blocks")
     before = {name for name, _ in network.named_parameters()}
-    torch.manual_seed(fit_settings.seed)  # first values of the adapters
-    adapters.adapt(
-        network,
-        method=settings.method,
-        rank=settings.rank,
-        skip=(head,),
-        block_shape=(settings.block_size, settings.block_size),
-        num_prototypes=settings.num_prototypes,
-    )
-    fresh = {name for name, _ in network.named_parameters() if name not in before or name.startswith(f"{head}.")}
-    run = _Run(network, groups, training, head=head, dense=count_weights(network, skip=(head,)), settings=settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(fit_settings.seed)  # first values of the adapters
+        adapters.adapt(
+            network,
+            method=settings.method,
+            rank=settings.rank,
+            skip=(head,),
+            block_shape=(settings.block_size, settings.block_size),
+            num_prototypes=settings.num_prototypes,
+        )
+    fresh = {name for name, _ in network.named_parameters() if name not in before or below(name, (head,))}
+    build_optimizers(network, name=fit_settings.optimizer, lr=fit_settings.lr, fresh=fresh)  # refuses what fit would
+    plan = _plan(settings, fit_settings)
+    run = _Run(network, groups, training, head=head, settings=settings, identity=whole)
+    run.check_reachable(plan[-1][0])
+    accelerator.wait_for_everyone()  # no process looks for what another has begun to write
+    if accelerator.is_main_process:
+        write_json(out / "run.json", whole)
     rows = []
     for number, (density, epochs) in enumerate(plan):
         folder = out / f"stage_{number}"
@@ -142,35 +184,30 @@ def adapt_pruned(
         history = run.adapt(folder, stage_fit, testing if measure else None, fresh=fresh, on_step=on_step)
         rows.append({"density": run.density, "history": history})
     learned, weights = adapters.learned_parameters(network), run.weights
-    head_learned = sum(p.numel() for p in network.get_submodule(head).parameters())
     fused = adapters.fuse(network).eval()
-    score = accuracy(fused, testing)
-    profile = sparing.profile(fused, example[:1].to(next(fused.parameters()).device), measure=False)
-    metrics = {
-        "test_accuracy": score,
-        "test_samples": len(testing),
-        "weights": weights,
-        "dense_weights": run.dense,
-        "density": weights / run.dense,
-        "learned_parameters": learned,
-        "learned_of_head": head_learned,
-        "macs": int(profile.macs),
-        "stages": rows,
-        "settings": asdict(settings),
-        "fit": asdict(fit_settings),
-        "versions": {"sparing": sparing.__version__, "torch": torch.__version__},
-        "device": str(next(fused.parameters()).device),
-        "wall_seconds": time.perf_counter() - started,
-    }
-    if Accelerator().is_main_process:
-        _save(fused, out, metrics)
-        for left in ("kept.pt", "network.pt", "checkpoint.pt"):
-            for folder in out.glob("stage_*"):
-                (folder / left).unlink(missing_ok=True)
-        for folder in out.glob("stage_*"):
-            folder.rmdir()
-        (out / "run.json").unlink(missing_ok=True)
-    return metrics
+    metrics: dict[str, Any] = {}
+    if accelerator.is_main_process:  # buffers, and with them the accuracy, may differ a little between processes
+        profile = sparing.profile(fused, example[:1], measure=False)
+        metrics = {
+            "test_accuracy": accuracy(fused, testing),
+            "test_samples": len(testing),
+            "weights": weights,
+            "dense_weights": run.dense,
+            "density": weights / run.dense,
+            "learned_parameters": learned,
+            "learned_of_head": sum(p.numel() for p in fused.get_submodule(head).parameters()),
+            "macs": int(profile.macs),
+            "stages": rows,
+            "settings": asdict(settings),
+            "fit": asdict(fit_settings),
+            "identity": identity,
+            "versions": {"sparing": sparing.__version__, "torch": torch.__version__},
+            "device": str(next(fused.parameters()).device),
+            "wall_seconds": time.perf_counter() - started,
+        }
+        save_pruned(fused, out, metrics)
+        _clear(out)
+    return broadcast_object_list([metrics])[0]
 
 
 class _Run:
@@ -183,11 +220,12 @@ class _Run:
         training: BatchSource,
         *,
         head: str,
-        dense: int,
         settings: PruneSettings,
+        identity: dict[str, Any],
     ) -> None:
         self.network, self.groups, self.training = network, groups, training
-        self.head, self.dense, self.settings = head, dense, settings
+        self.head, self.settings, self.identity = head, settings, identity
+        self.dense = self.weights
 
     @property
     def weights(self) -> int:
@@ -198,15 +236,20 @@ class _Run:
         return self.weights / self.dense
 
     def prune(self, file: Path, density: float, *, seed: int, batch_size: int, turn: int) -> None:
-        """Prune to ``density`` of the dense weights; what was chosen is stored, and taken from there a second time."""
+        """Prune to ``density`` of the dense weights; what was chosen is stored, and taken from there a second time.
+
+        The first process chooses for all: a mask is a ranking, which the last bit of a score can turn.
+        """
         if density >= 1.0:
             return
-        if file.exists():
-            chosen = load_checkpoint(file)["kept"]
-        else:
-            chosen = self._choose(density, seed=seed, batch_size=batch_size, turn=turn)
-            if Accelerator().is_main_process:
+        chosen = None
+        if Accelerator().is_main_process:
+            if file.exists():
+                chosen = load_checkpoint(file)["kept"]
+            else:
+                chosen = self._choose(density, seed=seed, batch_size=batch_size, turn=turn)
                 save_checkpoint(file, {"kept": chosen})
+        chosen = broadcast_object_list([chosen])[0]
         if isinstance(chosen, dict):
             pruning.prune_blocks(self.network, chosen)
         else:
@@ -214,7 +257,7 @@ class _Run:
 
     def _choose(self, density: float, *, seed: int, batch_size: int, turn: int) -> Any:
         batches: list[Batch] = []
-        if self.settings.criterion in ("gradient", "taylor", "relevance"):
+        if self.settings.criterion in _GRADIENT_CRITERIA:
             order = epoch_order(len(self.training), seed=seed, epoch=turn)[
                 : batch_size * self.settings.criterion_batches
             ]
@@ -225,23 +268,35 @@ class _Run:
             "backward": self._backward,
             "seed": seed + turn,
         }
-        budget = int(density * self.dense)
         if self.settings.method in _BLOCK_METHODS:
-            of_blocks = pruning.block_importance(self.network, **look)
-            size = self.settings.block_size**2
-            count = sum(score.numel() for score in of_blocks.values())
-            fixed = self.dense - count * size
-            if budget - fixed < size:
-                raise ValueError(
-                    f"density {density:.3f} cannot be reached: {fixed:,} of {self.dense:,} weights lie outside blocks"
-                )
-            return pruning.choose_blocks(of_blocks, density=(budget - fixed) / (count * size))
-        scores = pruning.channel_importance(self.network, self.groups, **look)
+            return self._best_blocks(pruning.block_importance(self.network, **look), density)
+        return self._best_channels(pruning.channel_importance(self.network, self.groups, **look), density)
+
+    def check_reachable(self, density: float) -> None:
+        """Raises ValueError where no choice of blocks or channels, whatever their scores, leaves so few weights."""
+        if density >= 1.0:
+            return
+        if self.settings.method in _BLOCK_METHODS:
+            self._best_blocks(pruning.block_importance(self.network, criterion="random"), density)
+        else:
+            self._best_channels([torch.zeros(group.size) for group in self.groups], density)
+
+    def _best_blocks(self, scores: dict[str, Tensor], density: float) -> dict[str, Tensor]:
+        size = self.settings.block_size**2
+        count = sum(score.numel() for score in scores.values())
+        fixed, budget = self.dense - count * size, int(density * self.dense)
+        if budget - fixed < size:
+            raise ValueError(
+                f"density {density:.3f} cannot be reached: {fixed:,} of {self.dense:,} weights lie outside blocks"
+            )
+        return pruning.choose_blocks(scores, density=(budget - fixed) / (count * size))
+
+    def _best_channels(self, scores: list[Tensor], density: float) -> list[Tensor]:
         return pruning.choose_channels(
             self.network,
             self.groups,
             scores,
-            weights=budget,
+            weights=int(density * self.dense),
             scope=self.settings.scope,
             least=self.settings.least,
             skip=(self.head,),
@@ -284,7 +339,7 @@ class _Run:
             fresh=fresh,
             evaluate=evaluate,
             on_step=on_step,
-            identity=run_identity(self.training, self.settings),
+            identity=self.identity,
         )
         if best is not self.network:  # the average of the weights
             self.network.load_state_dict(best.state_dict())
@@ -298,13 +353,30 @@ def _batches(
     network: nn.Module,
     data: str | tuple[BatchSource, BatchSource],
     fit_settings: FitSettings,
-    image_settings: ImageSettings | None,
+    image_settings: ImageSettings,
 ) -> tuple[BatchSource, BatchSource]:
     if isinstance(data, str):
-        images = image_settings or ImageSettings()
-        training = image_batches(network, data, augment=True, settings=images, seed=fit_settings.seed)
-        return training, image_batches(network, data, split="test", settings=images)
+        training = image_batches(network, data, augment=True, settings=image_settings, seed=fit_settings.seed)
+        return training, image_batches(network, data, split="test", settings=image_settings)
     return data
+
+
+@torch.no_grad()
+def _example(network: nn.Module, training: BatchSource, testing: BatchSource) -> Tensor:
+    """Two training samples. Raises ValueError for data of which the network cannot learn."""
+    if len(training) < 2 or len(testing) < 1:
+        raise ValueError(f"two training samples and a test sample are needed, got {len(training)} and {len(testing)}")
+    if training.num_classes < 2:
+        raise ValueError(f"the training data need labels of two classes at least, got {training.num_classes}")
+    example = next(training.batches(torch.arange(2), batch_size=2, epoch=0)).images
+    with eval_mode(network):
+        logits = network(example.to(next(network.parameters()).device))
+    if logits.ndim != 2 or logits.shape[1] < training.num_classes:
+        raise ValueError(
+            f"the data have {training.num_classes} classes, this {type(network).__name__} returns "
+            f"{tuple(logits.shape)} for two samples: give it a head of as many classes"
+        )
+    return example
 
 
 def _head_of(network: nn.Module) -> str:
@@ -318,79 +390,41 @@ def _head_of(network: nn.Module) -> str:
 def _plan(settings: PruneSettings, fit_settings: FitSettings) -> list[tuple[float, int]]:
     """(density, epochs) of each stage."""
     shares = pruning.density_schedule(settings.density, stages=settings.stages, shape=settings.schedule)
-    for name in ("stage_epochs", "criterion_batches", "least", "block_size", "num_prototypes"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
     warm = [(1.0, settings.warm_epochs)] if settings.warm_epochs > 0 else []
     if settings.density == 1.0:
         return [(1.0, settings.warm_epochs + fit_settings.epochs + settings.stage_epochs * (settings.stages - 1))]
     return [*warm, *((share, settings.stage_epochs) for share in shares[:-1]), (shares[-1], fit_settings.epochs)]
 
 
-def _same_run(file: Path, now: dict[str, Any]) -> None:
-    """Remember what the run is, or refuse to go on with another one's stages."""
-    if file.exists():
-        before = json.loads(file.read_text())
-        changed = [
-            f"{name}: {old} before, {now[part].get(name)} now"
-            for part in ("settings", "fit")
-            for name, old in before[part].items()
-            if now[part].get(name) != old
-        ]
-        if before["samples"] != now["samples"]:
-            changed.append(f"samples: {before['samples']} before, {now['samples']} now")
-        if changed:
-            raise ValueError(f"{file.parent} holds another run ({'; '.join(changed)}); use another folder or remove it")
-    elif Accelerator().is_main_process:
-        write_json(file, now)
-
-
-def _save(fused: nn.Module, out: Path, metrics: dict[str, Any]) -> None:
-    config: Any = getattr(fused, "pretrained_cfg", None) or {}
-    config = dict(config if isinstance(config, dict) else config.to_dict())
-    with atomic_file(out / "model.safetensors") as file:
-        file.write(save({name: value.detach().cpu().contiguous() for name, value in fused.state_dict().items()}))
-    card = {
-        "pruned_host": config.get("architecture"),
-        "num_classes": getattr(fused, "num_classes", None),
-        "density": metrics["density"],
-        "pretrained_cfg": {key: value for key, value in config.items() if value is not None},
-    }
-    write_json(out / "config.json", card)
-    write_json(out / "metrics.json", metrics)
-
-
-def load_pruned(folder: str | Path, *, network: nn.Module | None = None) -> nn.Module:
-    """The fused network that :func:`adapt_pruned` wrote, in eval mode.
-
-    Args:
-        folder: ``out`` of the run.
-        network: an unpruned network of the same build, cut to the stored sizes in place; None makes it by the name in
-            config.json (hosts of the zoo and of timm at their usual image size).
-
-    Raises:
-        ValueError: no such files in the folder, or a network of another build.
-    """
-    folder = Path(folder)
+def _refuse_another_run(file: Path, now: dict[str, Any]) -> None:
+    """Raises ValueError where the stages beside run.json are those of another run, or it is missing beside some."""
+    if not file.exists():
+        if strays := [path for name in _STAGE_FILES for path in file.parent.glob(f"stage_*/{name}")]:
+            raise ValueError(f"{strays[0]} is of a run without {file.name}; use another folder or remove it")
+        return
     try:
-        card = json.loads((folder / "config.json").read_text())
-        state = load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{str(folder)!r} holds no pruned network: {error}") from error
-    if "pruned_host" not in card:
-        raise ValueError(f"{str(folder)!r} holds no pruned network: its config.json names no pruned_host")
-    if network is None:
-        name = card["pruned_host"]
-        if not name:
-            raise ValueError(
-                f"{str(folder)!r} does not say what network it was: pass network=, built as the source was"
-            )
-        network = sparing.create_model(name if name in MODELS else f"timm/{name}", num_classes=card["num_classes"])
-    missing = sorted(network.state_dict().keys() - state.keys())
-    if missing:
-        raise ValueError(f"{str(folder)!r} lacks {', '.join(missing[:3])} of this {type(network).__name__}")
-    resize_as(network, state).load_state_dict(state)
-    return network.eval()
+        changed = differences(before := dict(json.loads(file.read_text(encoding="utf-8"))), now)
+    except (ValueError, TypeError):
+        raise ValueError(f"{file} is not of this recipe; use another folder or remove it") from None
+    if changed:
+        hint = "; start is a hash of the weights that it began from" if before.get("start") != now["start"] else ""
+        raise ValueError(
+            f"{file.parent} holds another run ({'; '.join(changed)}{hint}); use another folder or remove it"
+        )
+
+
+def _clear(out: Path) -> None:
+    """Remove what a run leaves on its way, the temporary files of a killed one too; files of others stay."""
+    for name in ("run.json", *_RESULTS):
+        for temporary in out.glob(f".{name}.*"):
+            temporary.unlink()
+    (out / "run.json").unlink(missing_ok=True)
+    for folder in [path for path in out.glob("stage_*") if path.is_dir()]:
+        for name in _STAGE_FILES:
+            for left in (folder / name, *folder.glob(f".{name}.*")):
+                left.unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ from sparing.training import (
     FitSettings,
     ImageSettings,
     MixBatch,
-    atomic_file,
     fit,
     image_batches,
+    save_weights,
     write_json,
 )
 from sparing.training.loop import finished_run, run_identity
@@ -163,12 +163,9 @@ def save_model(model: nn.Module, out: Path) -> None:
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(out)
         return
-    from safetensors.torch import save
-
     config: Any = model.pretrained_cfg
     config = dict(config if isinstance(config, dict) else config.to_dict())
-    with atomic_file(out / "model.safetensors") as file:
-        file.write(save({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}))
+    save_weights(out / "model.safetensors", model)
     card = {
         "architecture": config.get("architecture"),
         "num_classes": model.num_classes,

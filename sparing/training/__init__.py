@@ -2,7 +2,7 @@
 
 from sparing.training.augment import MixBatch, eval_transform, shift_and_flip, train_transform
 from sparing.training.batches import Batch, BatchSource, FileBatches, MemoryBatches
-from sparing.training.checkpoint import atomic_file, load_checkpoint, save_checkpoint, write_json
+from sparing.training.checkpoint import atomic_file, load_checkpoint, save_checkpoint, save_weights, write_json
 from sparing.training.images import ImageSettings, image_batches
 from sparing.training.loop import FitSettings, fit
 from sparing.training.optim import build_optimizers, parameter_groups
@@ -34,6 +34,7 @@ __all__ = [
     "read_idx",
     "sample_keys",
     "save_checkpoint",
+    "save_weights",
     "seeded",
     "set_learning_rates",
     "shift_and_flip",

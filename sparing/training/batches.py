@@ -58,6 +58,9 @@ class MemoryBatches:
         mean: per channel, of images scaled to [0, 1].
         std: likewise.
         augment: called as ``augment(images, epoch=, indices=)`` on the uint8 batch, None = no augmentation.
+
+    Raises:
+        ValueError: there is no image.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class MemoryBatches:
         std: Sequence[float],
         augment: Callable[..., Tensor] | None = None,
     ) -> None:
+        if not len(data):
+            raise ValueError("the data hold no images")
         self.data = data
         self.augment = augment
         self.fingerprint = fingerprint(data.images, data.labels)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors.torch import save
+from torch import nn
 
-__all__ = ["atomic_file", "load_checkpoint", "save_checkpoint", "write_json"]
+__all__ = ["atomic_file", "load_checkpoint", "save_checkpoint", "save_weights", "write_json"]
 
 
 @contextlib.contextmanager
@@ -45,6 +47,17 @@ def write_json(path: str | Path, content: Any) -> None:
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with atomic_file(path) as file:
         file.write(text.encode())
+
+
+def save_weights(path: str | Path, network: nn.Module) -> None:
+    """Write the state of a network as safetensors, atomically.
+
+    A tensor under several names (tied weights, a module in two places) is written under each, so that a plain
+    ``load_state_dict`` finds all of them.
+    """
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in network.state_dict().items()}
+    with atomic_file(path) as file:
+        file.write(save(state))
 
 
 def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:

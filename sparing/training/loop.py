@@ -23,7 +23,7 @@ from sparing.training.progress import progress
 from sparing.training.schedule import set_learning_rates, warmup_cosine
 from sparing.training.seeding import epoch_order, sample_keys
 
-__all__ = ["FitSettings", "differences", "finished_run", "fit", "run_identity"]
+__all__ = ["FitSettings", "count_steps", "differences", "finished_run", "fit", "run_identity"]
 
 _STEP_STREAM = 4
 _SPEED_ONLY = ("num_workers", "cache_mb")
@@ -99,26 +99,11 @@ def fit(
         ValueError: a setting that cannot work, a sharded launch (FSDP, DeepSpeed), a checkpoint of another run, or a
             loss that is not finite.
     """
-    settings.check()
     accelerator = Accelerator()
-    kind = accelerator.distributed_type
-    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ValueError(
-            f"{kind.value} is not supported: the weights, their average and the checkpoint are whole in every process. "
-            "Launch data parallel (accelerate launch --multi_gpu, torchrun)"
-        )
-    if settings.precision == "bf16" and accelerator.device.type != "cuda":
-        raise ValueError(f"precision 'bf16' needs a CUDA device, this is {accelerator.device}; use 'fp32'")
+    steps_per_epoch = count_steps(data, settings, accelerator)
     # not Accelerator(mixed_precision=...), which would fix the precision of the whole process
     autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    micro_batches = -(-len(data) // world_size) // settings.batch_size
-    steps_per_epoch = micro_batches // settings.accumulate
-    if steps_per_epoch == 0:
-        raise ValueError(
-            f"{len(data)} samples on {world_size} processes make no step of "
-            f"{settings.accumulate} x {settings.batch_size}"
-        )
     total_steps = steps_per_epoch * settings.epochs
     model.to(accelerator.device)
     optimizers = build_optimizers(
@@ -221,6 +206,32 @@ def fit(
             seconds = 0.0
             save()
     return (ema.module if ema else model), history
+
+
+def count_steps(data: BatchSource, settings: FitSettings, accelerator: Accelerator) -> int:
+    """Optimizer steps of an epoch.
+
+    Raises:
+        ValueError: what :func:`fit` refuses before its first step: a setting that cannot work, here or with so few
+            samples, or a sharded launch.
+    """
+    settings.check()
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(
+            f"{kind.value} is not supported: the weights, their average and the checkpoint are whole in every process. "
+            "Launch data parallel (accelerate launch --multi_gpu, torchrun)"
+        )
+    if settings.precision == "bf16" and accelerator.device.type != "cuda":
+        raise ValueError(f"precision 'bf16' needs a CUDA device, this is {accelerator.device}; use 'fp32'")
+    world_size = accelerator.num_processes
+    steps = -(-len(data) // world_size) // settings.batch_size // settings.accumulate
+    if steps == 0:
+        raise ValueError(
+            f"{len(data)} samples on {world_size} processes make no step of "
+            f"{settings.accumulate} x {settings.batch_size}"
+        )
+    return steps
 
 
 def _check_finite(loss: float, model: nn.Module, *, step: int, epoch: int) -> None:

@@ -149,6 +149,13 @@ def test_adapters_have_the_dtype_of_their_host(method, dtype):
     assert torch.equal(adapters.fuse(net)(x), want)  # the same sum in the same dtype
 
 
+def test_block_importance_of_small_half_precision_weights_is_not_zero():
+    layer = adapters.SPLoPALinear(nn.Linear(4, 4).half(), block_shape=(2, 2), num_prototypes=1)
+    nn.init.constant_(layer.stored_weight, 1e-4)
+    nn.init.zeros_(layer.adapter.pos_weights)
+    torch.testing.assert_close(layer.block_importance(), torch.full((2, 2), 4e-8), atol=0, rtol=1e-2)
+
+
 def test_a_layer_that_reads_weights_without_calling_its_linears_gets_the_adapted_ones():
     torch.manual_seed(0)
     layer = shuffled(adapters.adapt(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), rank=2))

@@ -229,6 +229,74 @@ def test_importance_leaves_the_network_as_it_was():
     assert all(p.grad is None for p in net.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("criterion", ["magnitude", "gradient", "taylor", "relevance"])
+@pytest.mark.parametrize("scale", [1e-4, 100.0])  # squares of both leave the range of fp16
+def test_importance_in_half_precision_ranks_as_in_full(dtype, criterion, scale):
+    net, few = small(), [BATCH, BATCH]
+    with torch.no_grad():
+        net[0].weight.mul_(scale)
+        net[2].weight.mul_(scale)
+    groups = channel_groups(net, (torch.randn(3, 2),))
+    half = copy.deepcopy(net).to(dtype)
+
+    def run(net, batch):  # a loss that is linear in the logits, so that the gradients have the weights' own scale
+        logits = net(batch[0].to(net[0].weight.dtype)).float()
+        truth = logits.gather(1, batch[1][:, None]).sum()
+        return -truth, truth
+
+    want, got = (
+        pruning.channel_importance(x, groups, criterion=criterion, batches=few, backward=run)[0] for x in (net, half)
+    )
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, atol=0.02, rtol=0.03)  # weights and activations have 8 bits
+    assert want.max() > 0.5
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "gradient", "taylor", "relevance"])
+def test_importance_that_is_not_finite_is_refused(criterion):
+    net = small()
+    with torch.no_grad():
+        net[0].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=f"{criterion} of 0 is NaN or infinite"):
+        importance(criterion, net)
+    net = blocks("splopa")
+    with torch.no_grad():
+        net[2].stored_weight[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="magnitude of 2 is NaN or infinite"):
+        pruning.block_importance(net)
+
+
+def test_relevance_of_a_layer_that_the_backward_function_does_not_call_is_refused():
+    def elsewhere(net, batch):
+        logits = F.linear(F.relu(net[0](batch[0])), net[2].weight)
+        return logits.sum(), logits.sum()
+
+    groups = channel_groups(small(), X_FLAT)
+    with pytest.raises(ValueError, match="layer '2' was not called"):
+        pruning.channel_importance(small(), groups, criterion="relevance", batches=[BATCH], backward=elsewhere)
+
+
+def test_bad_masks_are_refused_before_anything_is_dropped():
+    net = blocks("splopa")
+    for kept, words in (
+        (SOME_BLOCKS | {"7": torch.ones(1, 1).bool()}, r"kept names \['7'\], .* those are \['0', '2'\]"),
+        ({"0": SOME_BLOCKS["0"]}, r"kept lacks \['2'\]"),
+        (SOME_BLOCKS | {"2": torch.ones(3, 1).bool()}, r"kept\['2'\] must be bool \(1, 3\), got torch.bool \(3, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pruning.prune_blocks(net, kept)
+    assert bool(net[0].kept.all())
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    groups = channel_groups(net, (torch.randn(3, 4),))
+    good, empty = torch.tensor([True] * 3 + [False] * 3), torch.zeros(6).bool()
+    with pytest.raises(ValueError, match="one mask for each of 2 groups, got 1"):
+        pruning.prune_channels(net, groups, [good])
+    with pytest.raises(ValueError, match="keep one of its 6 channels"):
+        pruning.prune_channels(net, groups, [good, empty])
+    assert net[0].out_features == 6
+
+
 @pytest.mark.parametrize("scope", ["global", "group"])
 @pytest.mark.parametrize("share", [0.7, 0.3])
 def test_the_most_important_channels_that_fit_are_kept(scope, share):
@@ -352,6 +420,10 @@ def test_adapters_freeze_tables_and_leave_the_skipped_alone():
     assert type(net.head) is nn.Linear
 
 
+def choose(scores, **options):
+    return pruning.choose_channels(small(), channel_groups(small(), X_FLAT), scores, weights=6, **options)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -367,6 +439,19 @@ def test_adapters_freeze_tables_and_leave_the_skipped_alone():
         ),
         (lambda: pruning.choose_blocks({"a": torch.ones(2, 2)}, density=0.2), "keeps none of 4 blocks"),
         (lambda: pruning.choose_channels(small(), [], [], weights=1, scope="all"), "'global' or 'group', got 'all'"),
+        (lambda: pruning.choose_channels(small(), [], [], weights=1), "there are no groups of channels"),
+        (lambda: choose([torch.ones(3)], least=0), "least must be at least 1, got 0"),
+        (lambda: choose([torch.ones(2)]), r"of shapes \[\(3,\)\], got \[\(2,\)\]"),
+        (lambda: choose([]), r"one tensor for each group, of shapes \[\(3,\)\], got \[\]"),
+        (lambda: choose([torch.tensor([1.0, float("nan"), 2.0])]), "score of 0 is NaN or infinite"),
+        (lambda: importance("magnitude", power=0), "power must be positive and finite, got 0"),
+        (lambda: pruning.choose_blocks({"a": torch.ones(2, 2)}, density=2), r"in \(0, 1\], got 2"),
+        (lambda: pruning.choose_blocks({"a": torch.ones(2, 2)}, density=float("nan")), r"in \(0, 1\], got nan"),
+        (lambda: pruning.choose_blocks({"a": torch.ones(2, 2)}, density=-0.5), r"in \(0, 1\], got -0.5"),
+        (lambda: pruning.choose_blocks({}, density=0.5), "no scores of blocks"),
+        (lambda: pruning.choose_blocks({"a": torch.full((2, 2), torch.nan)}, density=0.5), "scores of a hold NaN"),
+        (lambda: adapters.Prototypes(0, (4, 4)), "count of prototypes must be at least 1, got 0"),
+        (lambda: adapters.Prototypes(2, (4, 0)), "block_shape of prototypes must be at least 1, got 0"),
         (
             lambda: prune_group(small(), channel_groups(small(), X_FLAT)[0], torch.zeros(3, dtype=torch.bool)),
             r"keep one of its 3 channels at least \(0\)",

@@ -5,50 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from recipes.pruning_task import DATA, FIT, TWO_STAGES, convolutions, linear, run
 from torch import nn
 
 from sparing.recipes import adapt_pruned as recipe
-from sparing.recipes.adapt_pruned import PruneSettings, adapt_pruned, load_pruned
+from sparing.recipes.adapt_pruned import adapt_pruned, load_pruned
 from sparing.recipes.train_vision import accuracy, save_model
-from sparing.training import FitSettings, MemoryBatches, TensorImages, load_checkpoint
+from sparing.training import MemoryBatches, TensorImages, load_checkpoint
 from sparing.vision.micro import vit_micro_patch4_28
-
-FIT = FitSettings(epochs=2, batch_size=8, lr=5e-3, fresh_lr_multiplier=2.0, warmup=0.0, checkpoint_every=2)
-TWO_STAGES = PruneSettings(density=0.4, rank=2, stages=2, least=1)
-
-
-def samples(count, seed):
-    """Grey 12 x 12 images in which the brighter half names the class."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 60, (count, 1, 12, 12), dtype=torch.uint8, generator=generator)
-    labels = torch.arange(count) % 2
-    images[labels == 0, :, :6] += 150
-    images[labels == 1, :, 6:] += 150
-    return MemoryBatches(TensorImages(images, labels), mean=[0.4], std=[0.3])
-
-
-DATA = (samples(40, 0), samples(20, 1))
-
-
-def convolutions():
-    torch.manual_seed(0)
-    net = nn.Sequential()
-    net.one = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3))
-    net.two = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
-    net.head = nn.Linear(128, 2)
-    return net
-
-
-def linear():
-    torch.manual_seed(0)
-    net = nn.Sequential()
-    net.body = nn.Sequential(nn.Flatten(), nn.Linear(144, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU())
-    net.head = nn.Linear(8, 2)
-    return net
-
-
-def run(folder, settings, build=convolutions, **extra):
-    return adapt_pruned(build(), DATA, out=folder, settings=settings, fit_settings=FIT, head="head", **extra)
 
 
 @pytest.mark.parametrize(
@@ -135,12 +101,114 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         ({"stages": 0}, convolutions, "stages must be at least 1, got 0"),
         ({"stage_epochs": 0}, convolutions, "stage_epochs must be at least 1, got 0"),
         ({"criterion": "luck"}, convolutions, "got 'luck'"),
+        ({"scope": "all"}, convolutions, "'global' or 'group', got 'all'"),
+        ({"schedule": "sudden"}, convolutions, "got 'sudden'"),
+        ({"least": 0}, convolutions, "least must be at least 1, got 0"),
+        ({"warm_epochs": -1}, convolutions, "warm_epochs must be at least 0, got -1"),
+        ({"label_smoothing": 1.5}, convolutions, r"label_smoothing must lie in \[0, 1\], got 1.5"),
+        ({"method": "splopa", "criterion": "relevance", "block_size": 4}, linear, "ranks channels, not blocks"),
+        ({"rank": 0}, convolutions, "rank must be at least 1"),
+        ({"warm_epochs": 1, "density": 0.001}, convolutions, "weights cannot be reached"),
         ({}, lambda: nn.Sequential(nn.Flatten(), nn.Linear(144, 2)), "head 'head' is no module of this Sequential"),
     ],
 )
-def test_bad_settings_are_named(tmp_path, changes, build, words):
+def test_bad_settings_are_named_before_anything_is_written(tmp_path, changes, build, words):
     with pytest.raises(ValueError, match=words):
-        run(tmp_path, replace(TWO_STAGES, **changes), build)
+        run(tmp_path / "run", replace(TWO_STAGES, **changes), build)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"precision": "fp8"}, "got 'fp8'"),
+        ({"batch_size": 64}, "40 samples on 1 processes make no step of 1 x 64"),
+        ({"optimizer": "sgd"}, "'adamw' or 'muon', got 'sgd'"),
+        ({"optimizer": "muon"}, "muon found no weight matrices"),
+    ],
+)
+def test_bad_settings_of_the_training_are_named_before_anything_is_written(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path / "run", TWO_STAGES, fit_settings=replace(FIT, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sharded_launch_is_refused_before_anything_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda _: DistributedType.FSDP))
+    with pytest.raises(ValueError, match=r"FSDP is not supported.*data parallel"):
+        run(tmp_path / "run", TWO_STAGES)
+    assert not (tmp_path / "run").exists()
+
+
+class Emptied:
+    """The batches of another source, said to be fewer or of fewer classes."""
+
+    def __init__(self, source, count, num_classes):
+        self.source, self.count, self.num_classes = source, count, num_classes
+
+    def __len__(self):
+        return self.count
+
+    def batches(self, order, **options):
+        return self.source.batches(order, **options)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ((Emptied(DATA[0], 0, 2), DATA[1]), r"(make no step|got 0 and 20)"),
+        ((Emptied(DATA[0], 1, 2), DATA[1]), r"(make no step|got 1 and 20)"),
+        ((DATA[0], Emptied(DATA[1], 0, 2)), "a test sample are needed, got 40 and 0"),
+        ((Emptied(DATA[0], 40, 1), DATA[1]), "two classes at least, got 1"),
+        ((Emptied(DATA[0], 40, 0), DATA[1]), "two classes at least, got 0"),
+        ((Emptied(DATA[0], 40, 3), DATA[1]), r"have 3 classes, this Sequential returns \(2, 2\) for two samples"),
+    ],
+)
+def test_data_that_cannot_be_learned_are_named_before_anything_is_written(tmp_path, data, words):
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path / "run", TWO_STAGES, data=data)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="hold no images"):
+        MemoryBatches(TensorImages(torch.zeros(0, 1, 4, 4).byte(), torch.zeros(0).long()), mean=[0.5], std=[0.5])
+
+
+def test_a_head_may_be_a_module_that_holds_layers(tmp_path):
+    def build():
+        net = convolutions()
+        net.head = nn.Sequential(nn.Linear(128, 6), nn.ReLU(), nn.Linear(6, 2))
+        return net
+
+    metrics = run(tmp_path, TWO_STAGES, build)
+    net = load_pruned(tmp_path, network=build())
+    assert (net.head[0].out_features, net.head[2].in_features) == (6, 6)
+    assert net.head[0].in_features == 16 * net.two[0].out_channels < 128
+    assert metrics["dense_weights"] == 8 * 9 + 64 * 9
+    assert metrics["weights"] == net.one[0].weight.numel() + net.two[0].weight.numel() <= 0.4 * 648
+    assert metrics["learned_of_head"] == sum(p.numel() for p in net.head.parameters())
+
+
+@pytest.mark.parametrize("share", ["module", "weight"])
+def test_shared_modules_and_weights_are_saved_and_loaded_right(tmp_path, share):
+    def build():
+        net = convolutions()
+        net.three = nn.Conv2d(8, 8, 3, padding=1)
+        net.four = net.three
+        if share == "weight":
+            net.four = nn.Conv2d(8, 8, 3, padding=1)
+            net.four.weight = net.three.weight
+        order = [net.one, net.two[:3], net.three, nn.ReLU(), net.four, nn.ReLU(), nn.Flatten()]
+        whole = nn.Sequential(*order)
+        whole.head = net.head
+        return whole
+
+    settings = replace(TWO_STAGES, method="fine" if share == "weight" else "splora", density=0.7, stages=1)
+    metrics = run(tmp_path, settings, build)
+    loaded = load_pruned(tmp_path, network=build())
+    assert (loaded[2] is loaded[4]) is (share == "module")
+    assert torch.equal(loaded[2].weight, loaded[4].weight)
+    assert accuracy(loaded, DATA[1]) == metrics["test_accuracy"]
+    assert loaded[0][0].out_channels < 8
 
 
 def test_a_network_without_prunable_channels_is_named(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,19 +13,22 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusion.conftest import build_host
+from recipes.pruning_task import DATA, convolutions
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sparing.recipes.adapt_pruned import load_pruned
+from sparing.recipes.train_vision import accuracy
 from sparing.training import FitSettings, MemoryBatches, TensorImages, fit
 
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
 
 
 def both(command, out):
     """(printed by two processes, printed by one with twice the batch)."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     printed = []
-    for start, name, batch in ((launch, "two", "4"), ([sys.executable, "-m"], "one", "8")):
+    for start, name, batch in ((LAUNCH, "two", "4"), ([sys.executable, "-m"], "one", "8")):
         done = subprocess.run(
             [*start, *command, "--out", str(out / name), "--batch_size", batch],
             env=ENVIRONMENT,
@@ -82,6 +86,78 @@ def test_a_clip_network_is_trained_by_two_processes(tmp_path):
             torch.testing.assert_close(
                 two[name], value, atol=1e-3, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
             )
+
+
+@pytest.mark.slow
+def test_a_network_is_pruned_by_two_processes(tmp_path, idx_folder):
+    command = [
+        *("sparing.recipes.adapt_pruned", "--model", "vit_micro_patch4_28.demo_fashion", "--pretrained"),
+        *("--data", str(idx_folder), "--method", "splopa", "--density", "0.5", "--stages", "1"),
+        *("--epochs", "2", "--lr", "1e-4", "--block_size", "16"),
+    ]
+    two, one = both(command, tmp_path)
+    assert two.count("test accuracy") == one.count("test accuracy") == 1
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    assert metrics[0]["weights"] == metrics[1]["weights"]
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, value in one.items():
+        assert torch.equal(two[name] == 0, value == 0), name  # blocks are chosen before the first step
+        torch.testing.assert_close(two[name], value, atol=2e-3, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
+        *("config.json", "metrics.json", "model.safetensors")
+    ]
+    again = subprocess.run(
+        [*LAUNCH, *command, "--out", str(tmp_path / "two"), "--batch_size", "4"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert again.stderr.count("nothing was trained") == 1, again.stderr[-3000:]
+
+
+# batch norm: each process has statistics of its own, by which gradients, and so rankings, differ between them
+PRUNING_WITH_NORMS = """
+import sys
+from dataclasses import replace
+sys.path.insert(0, sys.argv[1])
+from recipes.pruning_task import DATA, FIT, TWO_STAGES, convolutions, run
+
+def stop(step):
+    global steps
+    steps += 1
+    if steps == int(sys.argv[3]):
+        raise KeyboardInterrupt
+
+steps = 0
+settings = replace(TWO_STAGES, criterion="gradient", criterion_batches=2, warm_epochs=1)
+metrics = run(sys.argv[2], settings, fit_settings=replace(FIT, batch_size=4), on_step=stop)
+print("returned", metrics["test_accuracy"], metrics["weights"])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_drop_the_same_channels_and_go_on_where_they_stopped(tmp_path):
+    (tmp_path / "script.py").write_text(PRUNING_WITH_NORMS)
+
+    def launch(out, stop_at):
+        paths = (str(tmp_path / "script.py"), str(Path(__file__).parents[1]), str(tmp_path / out), str(stop_at))
+        return subprocess.run([*LAUNCH[:-1], *paths], env=ENVIRONMENT, capture_output=True, text=True)
+
+    done = launch("straight", 0)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((tmp_path / "straight" / "metrics.json").read_text())
+    assert done.stdout.count(f"returned {metrics['test_accuracy']} {metrics['weights']}\n") == 2
+    loaded = load_pruned(tmp_path / "straight", network=convolutions())
+    assert accuracy(loaded, DATA[1]) == metrics["test_accuracy"] >= 0.9
+    assert launch("stopped", 13).returncode != 0  # in the second stage after the warm one
+    assert (tmp_path / "stopped" / "stage_1" / "kept.pt").exists()
+    assert not (tmp_path / "stopped" / "metrics.json").exists()
+    assert launch("stopped", 0).returncode == 0
+    again = load_pruned(tmp_path / "stopped", network=convolutions())
+    assert [tuple(p.shape) for p in again.parameters()] == [tuple(p.shape) for p in loaded.parameters()]
+    for name, value in loaded.state_dict().items():
+        if "running" not in name:
+            torch.testing.assert_close(again.state_dict()[name], value, atol=1e-3, rtol=0)
 
 
 def test_sharded_training_is_refused_by_name(monkeypatch, tmp_path):
