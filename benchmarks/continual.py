@@ -6,7 +6,7 @@ one machine.
 
 Without the package its column is left out and said to be. Rows: the convolution stack A of the specification at one
 stream and at 64 live streams that join and leave (ours: a ``StreamBatch``, with and without folded batch norms, and
-in channels-last order; the package steps one phase a network, so independent streams are 64 networks stepped one by
+in channels-last order, beside its bare convolutions; the package steps one phase a network, so independent streams are 64 networks stepped one by
 one, and, for comparison only, one batch in lock-step, which cannot serve streams that come and go); the two-block
 encoder (d 1024, window 64); CoX3D-S per step against X3D-S per clip; memory per stream. ``--threads 0`` uses all
 cores. Times are medians over interleaved rounds, with the interquartile range beside them.
@@ -100,6 +100,23 @@ def batch_stepper(network: Any, x: torch.Tensor, *, churn: int = 1) -> Callable[
     return call
 
 
+def convolutions_alone(network: nn.Module, streams: int, *, side: int = 32, tile: int = 16) -> Callable[[], Any]:
+    """What no way of keeping memories can save: the convolutions of a step, on windows that lie ready."""
+    calls = []
+    for layer in network.modules():
+        if isinstance(layer, co.Conv3d):
+            shape = (tile, layer.in_channels, layer.kernel_size[0], side, side)
+            windows = [torch.randn(shape).contiguous(memory_format=LAST) for _ in range(streams // tile)]
+            padding = (0, *layer.padding[1:])
+            calls += [(window, layer.weight, layer.bias, layer.stride, padding) for window in windows]
+
+    def call() -> None:
+        for arguments in calls:
+            nn.functional.conv3d(*arguments)
+
+    return call
+
+
 def peer_stepper(network: Any, x: torch.Tensor, *, warm: int) -> Callable[[], Any]:
     for _ in range(warm):
         network.forward_step(x)
@@ -165,10 +182,12 @@ def convolution_rows(peer: Any, streams: int, *, rounds: int) -> dict[str, Any]:
     clip = torch.randn(streams, 3, 16, 32, 32)
     variants: list[Variant] = []
     if streams > 1:
+        last = copy.deepcopy(folded).to(memory_format=LAST)
         variants += [
             ("ours, 64 that come and go", batch_stepper(network, x), streams),
             ("ours, norms folded", batch_stepper(folded, x), streams),
-            ("ours, folded, channels last", batch_stepper(copy.deepcopy(folded).to(memory_format=LAST), x), streams),
+            ("ours, folded, channels last", batch_stepper(last, x), streams),
+            ("its convolutions alone", convolutions_alone(last, streams), streams),
         ]
     variants += [
         ("ours, own clocks", stepper(network, x, lockstep=False), streams),
