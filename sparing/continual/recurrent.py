@@ -53,7 +53,8 @@ class _Recurrent(Continual):
             x = new[0]
             for column, value in zip(columns, new):
                 column.append(value)
-        stacked = {name: torch.stack(column, 1) for name, column in zip(self.states, columns)}
+        # Memories keep their precision where autocast computes in another.
+        stacked = {name: torch.stack(column, 1).to(memory[name]) for name, column in zip(self.states, columns)}
         return x, {name: keep_unless_live(value, memory[name], tick) for name, value in stacked.items()}
 
     def _steps(self, x: Tensor | None, memory: dict, tick: Tick, end: bool) -> tuple[Tensor | None, dict]:
@@ -65,7 +66,8 @@ class _Recurrent(Continual):
         whole: Any = super().forward  # type: ignore[misc]
         y, last = whole(x.transpose(1, 2), initial if len(initial) > 1 else initial[0])
         values = last if len(initial) > 1 else (last,)
-        return y.transpose(1, 2), {name: value.transpose(0, 1) for name, value in zip(self.states, values)}
+        new = {name: value.transpose(0, 1).to(memory[name]) for name, value in zip(self.states, values)}
+        return y.transpose(1, 2), new
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Clip (N, C, T) to (N, H, T)."""
