@@ -147,15 +147,13 @@ class TemporalConv(Continual):
         return self._taps(window[:, :, :: self.dilation[0]] if self.dilation[0] > 1 else window, self.weight), new
 
     def _turns(self, history: Tensor, tick: Tick) -> bool:
-        """Whether turning the weights is possible and cheaper than moving the window (streams, C, R, ...)."""
-        window = history[:, :, :1].numel() * self.kernel_size[0]
-        return (
-            tick.turn is not None
-            and tick.stride == 1
-            and self.dilation[0] == 1
-            and self.temporal_fill == "zeros"
-            and window > self.weight.numel()
-        )
+        """Whether ``history`` is a ring, or turning the weights is possible and cheaper than moving the window
+        (streams, C, R, ...).
+        """
+        if tick.turn is None or tick.stride > 1 or self.dilation[0] > 1 or self.temporal_fill != "zeros":
+            return False
+        taps = self.kernel_size[0]
+        return history.shape[2] == taps or history[:, :, :1].numel() * taps > self.weight.numel()
 
     def _step_ring(self, x: Tensor, ring: Tensor, turn: int) -> tuple[Tensor, dict]:
         """A step on the last R frames in ring order: the frame takes the place of the oldest, the weights turn."""

@@ -55,10 +55,14 @@ def in_order(rows: StreamState, like: StreamState, turn: int) -> StreamState:
     return rows._replace(memory=map_memory(order, rows.memory, like.memory))
 
 
-def as_kept(rows: StreamState, like: StreamState, batch: StreamState, turn: int) -> StreamState:
-    """Streams with their histories in order, as the batch keeps them before its step ``turn``."""
+def as_kept(rows: StreamState, like: StreamState, batch: StreamState, turn: int, *, was: int) -> StreamState:
+    """Streams as the batch keeps them before its step ``turn``: every history in order or a ring before step ``was``
+    becomes what the batch has there.
+    """
 
-    def keep(history: Tensor, there: Tensor, plain: Tensor) -> Tensor:
-        return to_ring(history, turn) if is_ring(there, plain) else history
+    def keep(memory: Tensor, there: Tensor, plain: Tensor) -> Tensor:
+        if not is_ring(memory, plain):
+            return to_ring(memory, turn) if is_ring(there, plain) else memory
+        return _in_order(memory, turn - was) if is_ring(there, plain) else from_ring(memory, was)
 
     return rows._replace(memory=map_memory(keep, rows.memory, batch.memory, like.memory))

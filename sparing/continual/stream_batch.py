@@ -9,8 +9,8 @@ On a CPU the seats are stepped in tiles of a few, through the whole network, bec
 tile stay in the caches where those of all seats do not. Streams take the lowest free seat, so most tiles are full or
 empty: a full one needs no selection between old and new memories, an empty one is not stepped at all, and one whose
 streams are all old enough for a layer steps through it without masks. An empty seat in a tile is stepped with the
-others, for what is computed there is thrown away when somebody sits down. What each tile is, the host knows without
-asking the device.
+others, for what is computed there is thrown away when somebody sits down; where most streams of a tile stall, those
+that do not are stepped by themselves. What each tile is, the host knows without asking the device.
 """
 
 import heapq
@@ -173,11 +173,11 @@ class StreamBatch:
 
     def _put(self, seat: int, part: StreamState) -> None:
         tile, row = divmod(seat, self.tile)
-        self._write(tile, [row], part)
+        self._write(tile, [row], part, self._turn[tile])
 
-    def _write(self, tile: int, rows: list[int], streams: StreamState) -> None:
-        """Put streams whose histories are in order into rows of a tile."""
-        kept = rings.as_kept(streams, self._like, self._tiles[tile], self._turn[tile])
+    def _write(self, tile: int, rows: list[int], streams: StreamState, was: int) -> None:
+        """Put streams into rows of a tile; their histories are in order, or rings before step ``was``."""
+        kept = rings.as_kept(streams, self._like, self._tiles[tile], self._turn[tile], was=was)
         with torch.inference_mode():  # the memories may come from a step under it
             states.scatter(self._tiles[tile], rows, kept, inplace=True)
 
@@ -271,12 +271,17 @@ class StreamBatch:
             return y.clone() if self._advance is not self.network.step else y
         ages = {row: self._seen[start + row] for row in range(state.streams) if self._seated[start + row]}
         silent = [row for row in ages if row not in given]
-        kept = rings.in_order(states.gather(state, silent), self._like, turn) if silent else None
         youngest = min(ages[row] for row in given)
+        if len(given) <= max(len(silent), state.streams // 4):  # few: only they are stepped, and the tile stays
+            rows = sorted(given)
+            y, new = self.network.step_together(x[rows], states.gather(state, rows), turn=turn, youngest=youngest)
+            self._write(tile, rows, new, turn + 1)
+            return y.new_zeros((state.streams, *y.shape[1:])).index_copy_(0, torch.tensor(rows), y)
+        kept = states.gather(state, silent) if silent else None
         y, new = self.network.step_together(x, state, turn=turn, youngest=youngest)
         self._tiles[tile], self._turn[tile] = new, turn + 1
         if kept is not None:
-            self._write(tile, silent, kept)
+            self._write(tile, silent, kept, turn)
         # What is answered must not change later: a network that hands its input on (a delay of nothing) answers with
         # the buffer of the next frames, and rows of the memories are written in place.
         ours = {x.untyped_storage().data_ptr(), *(t.untyped_storage().data_ptr() for _, t in states.leaves(new.memory))}
