@@ -42,6 +42,15 @@ def check_part(name: str, module: nn.Module) -> None:
         )
 
 
+def _writes_its_input(module: nn.Module) -> bool:
+    """Whether a part, or what it begins with, works in place."""
+    if isinstance(module, Chain):
+        return any(_writes_its_input(first) for _, first in module.parts()[:1])
+    if isinstance(module, Branches):
+        return any(_writes_its_input(first) for branch in module.branches() for _, first in branch[:1])
+    return bool(getattr(module, "inplace", False))
+
+
 def _memory_at(
     name: str, module: Continual, streams: int, frame_shape: tuple[int, ...], make: Callable[..., Tensor]
 ) -> tuple[dict, tuple[int, ...]]:
@@ -78,8 +87,12 @@ class Chain(Continual):
     def _step(self, x: Tensor, memory: dict, tick: Tick) -> tuple[Tensor | None, dict]:
         new = dict(memory)
         y: Tensor | None = x
+        before: nn.Module | None = None
         for name, module in self.parts():
             assert y is not None
+            if isinstance(before, Delay) and _writes_its_input(module):
+                y = y.clone()  # a view of the memory
+            before = module
             if isinstance(module, Continual):
                 y, part = module._step(y, memory.get(name, {}), tick)
                 if part:
