@@ -6,10 +6,10 @@ one machine.
 
 Without the package its column is left out and said to be. Rows: the convolution stack A of the specification at one
 stream and at 64 live streams that join and leave (ours: a ``StreamBatch``, with and without folded batch norms, and
-in channels-last order, beside its bare convolutions; the package steps one phase a network, so independent streams are 64 networks stepped one by
-one, and, for comparison only, one batch in lock-step, which cannot serve streams that come and go); the two-block
-encoder (d 1024, window 64); CoX3D-S per step against X3D-S per clip; memory per stream. ``--threads 0`` uses all
-cores. Times are medians over interleaved rounds, with the interquartile range beside them.
+in channels-last order, beside its bare convolutions; the package steps one phase a network, so independent streams are
+64 networks stepped one by one, and, for comparison only, one batch in lock-step, which cannot serve streams that come
+and go); the two-block encoder (d 1024, window 64); CoX3D-S per step against X3D-S per clip; memory per stream.
+``--threads 0`` uses all cores. Times are medians over interleaved rounds, with the interquartile range beside them.
 """
 
 import argparse
