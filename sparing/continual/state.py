@@ -127,8 +127,8 @@ def reset(state: StreamState, slots: Tensor | list[int] | int, *, inplace: bool 
     """
     rows = _rows(slots, state.streams, state.frame.device)
     if state.lockstep:
-        named = rows.nonzero() if rows.dtype == torch.bool else rows
-        if named.unique().numel() < state.streams:
+        mask = rows if rows.dtype == torch.bool else rows.new_zeros(state.streams).index_fill(0, rows, 1).bool()
+        if not bool(mask.all()):
             raise ValueError(
                 "a lock-step state shares one clock: reset all its streams, or use init_state(lockstep=False)"
             )

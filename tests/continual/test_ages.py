@@ -163,6 +163,14 @@ def test_modes_may_change_while_streams_run(name, made):
         batch.reset("a")
 
 
+@pytest.mark.parametrize("slots", [[1, 1], torch.tensor([1, -1]), torch.tensor([False, True])])
+def test_streams_in_lockstep_are_reset_all_or_none(slots):
+    state = plain_network().init_state(2, (3, 8, 8), lockstep=True)
+    with pytest.raises(ValueError, match="shares one clock"):
+        co.reset(state, slots)
+    assert co.reset(state._replace(clock=5), torch.tensor([0, -1])).clock == 0
+
+
 def test_tiles_are_of_one_size_as_near_as_can_be(monkeypatch):
     network = plain_network()
     one = network.plan((3, 8, 8)).bytes_per_stream
